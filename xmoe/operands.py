@@ -1,0 +1,38 @@
+"""The one quantized-array type."""
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Array = TypeVar("Array")
+
+TOKEN_TILE = 128
+"""Each group's tokens start at a multiple of this in a wgrad operand (tokens)."""
+MX_BLOCK = 32
+"""Elements that share one E8M0 scale (OCP Microscaling Formats v1.0, section 5)."""
+
+
+def padded_tokens(M: int, G: int) -> int:
+    """Columns of a wgrad operand: the most that M tokens in G groups need when each group is padded to TOKEN_TILE."""
+    return (M + G * (TOKEN_TILE - 1)) // TOKEN_TILE * TOKEN_TILE
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedOperand(Generic[Array]):
+    """A GEMM operand in 8 bits: e4m3 data, its scales, and the logical axis that they run along.
+
+    Invariants: the contraction is the last axis of ``data``; dequantized = data * scale; the shapes are those of the
+    layout tables in ``docs/design.md``. ``Array`` is a numpy, torch or jax array.
+    """
+
+    data: Array
+    """float8_e4m3fn."""
+    scale: Array
+    """float32 (``fp8_rowwise``) or float8_e8m0fnu (``mxfp8_*``)."""
+    axis: str
+    """The logical axis that one scale covers: "K", "N" or "tokens"."""
+    format: str
+    """"fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor"."""
+
+    def map(self, fn: Any) -> "QuantizedOperand[Any]":
+        """The same operand with ``fn`` applied to data and scale."""
+        return QuantizedOperand(fn(self.data), fn(self.scale), self.axis, self.format)
