@@ -1,0 +1,63 @@
+"""Writes that never leave a half-written file in place of a good one, and the error that users get to read."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A wrong input or a machine that lacks something. The message is one line that says what to do about it."""
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise UserError, naming the extra to install, when one of the modules is not installed."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f'{", ".join(missing)} not installed; run: pip install "xmoe[{extra}]"')
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` in one step: readers see the old file or the new one, also after a power cut.
+
+    Raises OSError with ``path`` as its filename; whatever was at ``path`` is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line, all of it or (when the disk is full) nothing of it. Raises OSError naming ``path``."""
+    data = line.encode() + b"\n"
+    with _naming(path):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.write(file, data[written:])
+            except BaseException:
+                os.ftruncate(file, size)
+                raise
+        finally:
+            os.close(file)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give every OSError raised inside the name of the file that the user knows: a write's own error names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
