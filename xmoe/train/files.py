@@ -1,6 +1,7 @@
 """Writes that never leave a half-written file in place of a good one, and the error that users get to read."""
 
 import contextlib
+import errno
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ def require(extra: str, *modules: str) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` in one step: readers see the old file or the new one, also after a power cut.
 
-    Raises OSError with ``path`` as its filename; whatever was at ``path`` is then untouched.
+    Raises UserError when that fails (a full disk); whatever was at ``path`` is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _naming(path):
+    with writing(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
@@ -37,9 +38,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line, all of it or (when the disk is full) nothing of it. Raises OSError naming ``path``."""
+    """Append one line, all of it or (when the disk is full) nothing of it. Raises UserError."""
     data = line.encode() + b"\n"
-    with _naming(path):
+    with writing(path):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(file).st_size
@@ -55,9 +56,11 @@ def append_line(path: Path, line: str) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Give every OSError raised inside the name of the file that the user knows: a write's own error names none."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError raised inside into a UserError with the file's name: a write's own error has none."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space, or choose another --out" if full else "choose another --out"
+        raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from error

@@ -1,0 +1,140 @@
+"""The command line: ``xmoe train`` and ``xmoe doctor``. Nothing slow is imported before it is needed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import xmoe
+
+_TRAIN = """\
+Train a small byte-level mixture-of-experts language model on real text, once for every framework and recipe, and
+compare them: a table, metrics.jsonl, config.toml and loss.png, all in --out. Both frameworks start from the same
+weights and see the same batches. Without --data the text is the source of Python's standard library.
+"""
+_EXAMPLES = """\
+examples:
+  xmoe train --framework both --recipe bf16,fp8_rowwise
+  xmoe train --recipe bf16,mxfp8_rceil --data corpus.txt --steps 1000 --out runs/corpus
+  xmoe train --out runs/corpus --resume
+"""
+# Options that set a field of TrainConfig each: (option, field, type, help).
+_FIELDS = (
+    ("--steps", "steps", int, "optimiser steps"),
+    ("--batch-size", "batch_size", int, "sequences in a step"),
+    ("--seq-len", "seq_len", int, "bytes in a sequence"),
+    ("--learning-rate", "learning_rate", float, "peak learning rate"),
+    ("--seed", "seed", int, "of the initial weights and the batches"),
+    ("--checkpoint-every", "checkpoint_every", int, "steps between checkpoints"),
+    ("--eval-every", "eval_every", int, "steps between held-out evaluations (0: only at the end)"),
+    ("--compute-dtype", "compute_dtype", str, "bfloat16 or float32, of activations and matmuls"),
+    ("--kernel-preference", "kernel_preference", str, "auto, triton, torch or emulated"),
+    ("--device", "device", str, "auto, cpu or cuda"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments`` (default: the process's) name.
+
+    Returns the exit status: 0, 1 for a run that failed or an input that was wrong (one line on stderr says which),
+    2 for a command line that can't be read, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("xmoe: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xmoe", description=xmoe.__doc__)
+    parser.add_argument("--version", action="version", version=f"xmoe {xmoe.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a small mixture-of-experts language model and compare recipes",
+        description=_TRAIN,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.set_defaults(command=_train)
+    # No choices= and no defaults here: TrainConfig checks values wherever they come from, TOML files included.
+    train.add_argument("--framework", metavar="NAME", help="torch, flax or both (default: torch)")
+    train.add_argument("--recipe", metavar="NAME[,NAME...]", help="recipes to train with (default: bf16,fp8_rowwise)")
+    train.add_argument("--data", metavar="FILE", nargs="+", help="text files to train on, the last tenth held out")
+    train.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/train"), help="default: %(default)s")
+    train.add_argument("--resume", action="store_true", help="go on with the runs in --out; its config.toml applies")
+    train.add_argument("--overwrite", action="store_true", help="replace runs in --out made with other settings")
+    train.add_argument("--config", metavar="FILE.toml", type=Path, help="settings; the options here go before its own")
+    train.add_argument(
+        "--preset", metavar="NAME", choices=("auto", "small", "base"), default="auto",
+        help="small (1.8 million parameters), base (63 million) or auto: base on a GPU, else small",
+    )  # fmt: skip
+    for option, field, kind, text in _FIELDS:
+        train.add_argument(option, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
+
+    doctor = commands.add_parser("doctor", help="what this machine runs each recipe with, and what would be faster")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from xmoe.train import run
+    from xmoe.train.files import UserError
+    from xmoe.train.report import print_table
+
+    try:
+        config = _train_config(options)
+        results = run.run(config, options.out, resume=options.resume, overwrite=options.overwrite)
+    except UserError as error:
+        print(f"xmoe: error: {error}", file=sys.stderr)
+        return 1
+    except run.WorkerFailed as error:
+        if str(error):
+            print(f"xmoe: error: {error}", file=sys.stderr)
+        return error.status
+    print_table(results)
+    print(f"curves: {options.out / 'loss.png'}")
+    return 0
+
+
+def _train_config(options: argparse.Namespace) -> Any:
+    """The run that the options ask for: preset, then --config (or the resumed run's), then the options themselves."""
+    from xmoe.train import run
+    from xmoe.train.config import FRAMEWORKS, PRESETS, TrainConfig, load_fields
+    from xmoe.train.files import UserError
+
+    given = {field: value for _, field, _, _ in _FIELDS if (value := getattr(options, field)) is not None}
+    if options.framework:
+        given["frameworks"] = FRAMEWORKS if options.framework == "both" else options.framework.split(",")
+    if options.recipe:
+        given["recipes"] = options.recipe.split(",")
+    if options.data:
+        given["data"] = [str(Path(file).absolute()) for file in options.data]
+
+    stored = options.out / run.CONFIG_FILE
+    if options.resume and options.config is None and stored.exists():
+        config = TrainConfig.from_dict(load_fields(stored) | given)
+        run.check_extras(config)
+        run.check_recipes(config, run.find_devices(config.frameworks, config.device))
+        return config
+
+    fields = (load_fields(options.config) if options.config else {}) | given
+    config = TrainConfig.from_dict(fields)
+    run.check_extras(config)
+    devices = run.find_devices(config.frameworks, config.device)
+    run.check_recipes(config, devices)
+    if options.preset != "auto":
+        preset = options.preset
+    else:
+        preset = "base" if all(kind == "cuda" for kind, _ in devices.values()) else "small"
+    return TrainConfig.from_dict(PRESETS[preset] | fields)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return import_module("xmoe.kernels.doctor").run(json=options.json)
