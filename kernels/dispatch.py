@@ -1,0 +1,104 @@
+"""The dispatch table: which implementation a config gets on a device, and why.
+
+`select` is a pure function of (config, device), so that every line of the table can be tested without the device.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from xmoe.config import GroupedMMConfig, KernelPreference
+
+Elements = Literal["fp8", "mx", "bf16"]
+
+
+class UnsupportedError(ValueError):
+    """The device cannot run the config under the kernel preference asked for; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the dispatch table asks of a device."""
+
+    type: str
+    """"cuda" or "cpu" (or another torch device type)."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None off CUDA."""
+    triton: bool = True
+    """Whether Triton can be imported."""
+
+    def __str__(self) -> str:
+        return self.type if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One line of the dispatch table."""
+
+    name: str
+    gemm: Literal["triton", "torch", "emulated"]
+    """Whose grouped GEMM runs. The quantizers are Triton's unless this is "emulated"."""
+    elements: Elements
+    """What the tensor core multiplies in fwd and dgrad: e4m3, block-scaled e4m3, or bf16 (dequantized exactly)."""
+    wgrad_elements: Elements
+    reason: str
+    advice: str = ""
+    """What would give a faster implementation; empty where there is none."""
+
+
+def _emulated(reason: str, advice: str) -> Implementation:
+    return Implementation("emulated", "emulated", "bf16", "bf16", reason, advice)
+
+
+_GPU_ADVICE = "an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell) runs the Triton kernels"
+
+
+@lru_cache
+def select(config: GroupedMMConfig, device: Device) -> Implementation:
+    """The implementation that `config` gets on `device`.
+
+    Raises:
+        UnsupportedError: the kernel preference names an implementation that the device or the recipe does not have.
+    """
+    preference, fmt = config.kernel_preference, config.format
+    if preference is KernelPreference.EMULATED:
+        return _emulated("asked for (kernel_preference=emulated)", "kernel_preference=auto takes the fastest")
+
+    on_cuda = device.type == "cuda" and device.capability is not None
+    if not on_cuda or device.capability < (8, 9):
+        if preference is KernelPreference.AUTO:
+            if on_cuda:
+                return _emulated(f"{device} has no fp8 tensor cores", _GPU_ADVICE)
+            return _emulated("no CUDA device", _GPU_ADVICE)
+        raise UnsupportedError(
+            f"kernel_preference={preference} cannot run {config.recipe} on {device}: it needs {_GPU_ADVICE.split(' runs')[0]}; "
+            "use kernel_preference=auto or emulated"
+        )
+
+    wgrad = "bf16" if config.wgrad_with_hp else None
+    if preference is KernelPreference.TORCH:
+        if fmt == "fp8_rowwise":
+            return Implementation("torch-fp8", "torch", "fp8", wgrad or "fp8", "torch._scaled_grouped_mm, as asked")
+        if fmt == "bf16":
+            return Implementation("torch-bf16", "torch", "bf16", "bf16", "torch._grouped_mm, as asked")
+        raise UnsupportedError(
+            f"kernel_preference=torch cannot run {config.recipe}: xmoe has no entry for torch's MXFP8 grouped GEMM; "
+            "use kernel_preference=auto or triton"
+        )
+
+    if not device.triton:
+        if preference is KernelPreference.AUTO:
+            return _emulated("Triton is not installed", "pip install triton")
+        raise UnsupportedError("kernel_preference=triton needs Triton: pip install triton")
+    if fmt == "bf16":
+        return Implementation("triton-bf16", "triton", "bf16", "bf16", "bf16 tensor cores")
+    if fmt == "fp8_rowwise":
+        unit = {8: "mma", 9: "wgmma", 10: "tcgen05"}.get(device.capability[0], "mma")
+        return Implementation("triton-fp8", "triton", "fp8", wgrad or "fp8", f"fp8 {unit} on {device}")
+    if device.capability[0] == 10:
+        return Implementation("triton-mx", "triton", "mx", wgrad or "mx", f"block-scaled tcgen05 on {device}")
+    return Implementation(
+        "triton-mx-via-bf16", "triton", "bf16", "bf16",
+        f"{device} has no block-scaled MMA: e4m3 x E8M0 is exact in bf16, so bf16 tensor cores give MXFP8's numerics",
+        "sm_100 (B200) multiplies MXFP8 natively; fp8_rowwise is faster on this GPU",
+    )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Triton device functions for e4m3 bytes and power-of-two scales; the rules of docs/design.md, bit for bit.
+
+amax travels as the bits of its absolute value: integer order is the order of the values, and everything from
+0x7F800000 up is Inf or NaN, so one integer maximum finds both the scale and the poison.
+"""
+
+import triton
+import triton.language as tl
+
+POISON = tl.constexpr(0x7F)
+"""The byte of every element of a block that holds NaN or Inf (e4m3 NaN)."""
+
+
+@triton.jit
+def magnitude(x):
+    """The bits of |x|, x float32."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def is_poison(amax):
+    return amax >= 0x7F800000
+
+
+@triton.jit
+def rowwise_exponent(amax):
+    """Exponent of the power of two that 448/max(amax, 1e-12) rounds down to, inverted."""
+    amax = tl.maximum(amax, 0x2B8CBCCC)  # 1e-12
+    return (amax >> 23) - 135 + ((amax & 0x7FFFFF) > 0x600000).to(tl.int32)
+
+
+@triton.jit
+def mx_byte(amax, RCEIL: tl.constexpr):
+    """The E8M0 byte of a block: 2^ceil(log2(amax/448)) (RCEIL) or 2^(floor(log2 amax) - 8) (OCP MX v1.0, 6.3)."""
+    byte = (amax >> 23) - 8
+    if RCEIL:
+        byte += ((amax & 0x7FFFFF) > 0x600000).to(tl.int32)
+    return tl.where(is_poison(amax), 255, tl.maximum(byte, 0))
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent as float32, exponent in [-126, 127]."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode(x, HARDWARE: tl.constexpr):
+    """float32 to the e4m3 byte, as int8: saturating, to nearest even. Without HARDWARE (the interpreter's own cast
+    does not round to even) the byte is put together from integers."""
+    if HARDWARE:
+        byte = tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        absolute = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), 448.0)
+        normal = absolute.to(tl.int32, bitcast=True)
+        normal = ((normal + 0x7FFFF + ((normal >> 20) & 1)) >> 20) - (120 << 3)
+        # Adding 2^14 leaves a multiple of 2^-9, the e4m3 subnormal step, in the low bits.
+        subnormal = (absolute + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        byte = (tl.where(absolute < 0.015625, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.int8)
+    return byte
+
+
+@triton.jit
+def decode(byte, HARDWARE: tl.constexpr):
+    """The finite e4m3 byte (int8) as float32, exact."""
+    if HARDWARE:
+        value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        bits = byte.to(tl.int32) & 0xFF
+        exponent = (bits >> 3) & 0xF
+        fraction = bits & 7
+        normal = (((exponent + 120) << 23) | (fraction << 20)).to(tl.float32, bitcast=True)
+        value = tl.where(exponent == 0, fraction.to(tl.float32) * 0.001953125, normal)
+        value = tl.where(bits >= 0x80, -value, value)
+    return value
+
+
+@triton.jit
+def apply_byte(value, byte):
+    """value * 2^(byte - 127), NaN for byte 255; byte 0 is the float32 subnormal 2^-127."""
+    scale = tl.where(byte == 0, 0x00400000, byte << 23).to(tl.float32, bitcast=True)
+    return tl.where(byte == 255, float("nan"), value * scale)

@@ -1,0 +1,240 @@
+"""Grouped GEMMs: one persistent kernel for fwd and dgrad (2D x 3D), one for wgrad (2D x 2D).
+
+M tokens, G groups. Both contract the last axis of quantized operands (fp8 tensor cores read K-major operands only);
+bf16 operands are read as they lie, because bf16 wgmma takes either order.
+
+    out[M, P]    = a[M, C] @ b[g, P, C]^T                      (g: the group that owns the row)
+    out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T
+
+SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "mx" (E8M0 per 32, inside the MMA:
+`tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from xmoe.kernels.tuning import GemmTiles
+from xmoe.operands import TOKEN_TILE
+
+
+@triton.jit
+def _multiply(a, b, acc, PRECISE: tl.constexpr):
+    """acc + a @ b^T; PRECISE adds each partial product in float32 outside the tensor core."""
+    if PRECISE:
+        acc += tl.dot(a, b.T)
+    else:
+        acc = tl.dot(a, b.T, acc)
+    return acc
+
+
+@triton.jit
+def _mx_scales(scale_ptr, row, row_inside, first, C, BLOCK_C: tl.constexpr):
+    """E8M0 bytes [rows, BLOCK_C / 32]; 1.0 outside."""
+    block = first // 32 + tl.arange(0, BLOCK_C // 32)
+    offsets = row.to(tl.int64)[:, None] * tl.cdiv(C, 32) + block[None, :]
+    return tl.load(scale_ptr + offsets, row_inside[:, None] & (block * 32 < C)[None, :], 127)
+
+
+@triton.jit(do_not_specialize=["M", "G"])
+def _grouped_mm(
+    a_desc, b_desc, out_ptr,
+    a_scale_ptr, b_scale_ptr,
+    tiles_ptr, groups_ptr,
+    M, P, C, G,
+    SCALING: tl.constexpr, PRECISE: tl.constexpr, B_CONTRACTION_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    m_tiles = tl.load(groups_ptr + G * 4 + 2)
+    p_blocks = tl.cdiv(P, BLOCK_P)
+    for tile in tl.range(tl.program_id(0), m_tiles * p_blocks, PROGRAMS, flatten=True):
+        # BAND token tiles walk the columns together, so that they share b in L2.
+        band = BAND * p_blocks
+        top = tile // band * BAND
+        height = tl.minimum(m_tiles - top, BAND)
+        m_tile = top + tile % band % height
+        first_p = tile % band // height * BLOCK_P
+        group = tl.load(tiles_ptr + m_tile * 4)
+        first_m = tl.load(tiles_ptr + m_tile * 4 + 1)
+        end_m = tl.load(tiles_ptr + m_tile * 4 + 2)
+        m = first_m + tl.arange(0, BLOCK_M)
+        p = first_p + tl.arange(0, BLOCK_P)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        for c in range(0, C, BLOCK_C):
+            a = a_desc.load([first_m, c])
+            if B_CONTRACTION_LAST:
+                b = b_desc.load([group, first_p, c]).reshape(BLOCK_P, BLOCK_C)
+            else:
+                b = b_desc.load([group, c, first_p]).reshape(BLOCK_C, BLOCK_P).T
+            if SCALING == "mx":
+                a_scale = _mx_scales(a_scale_ptr, m, m < M, c, C, BLOCK_C)
+                b_scale = _mx_scales(b_scale_ptr, group * P + p, p < P, c, C, BLOCK_C)
+                acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
+            else:
+                acc = _multiply(a, b, acc, PRECISE)
+
+        inside = (m < end_m)[:, None] & (p < P)[None, :]  # rows from end_m on belong to the next group
+        if SCALING == "rowwise":
+            acc *= tl.load(a_scale_ptr + m, m < end_m, 0.0)[:, None]
+            acc *= tl.load(b_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[None, :]
+        out = out_ptr + m.to(tl.int64)[:, None] * P + p[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
+
+    first_free = tl.load(groups_ptr + G * 4)
+    for tile in range(tl.program_id(0), tl.cdiv(M - first_free, BLOCK_M) * p_blocks, PROGRAMS):
+        m = first_free + tile // p_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+        p = tile % p_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+        zero = tl.zeros((BLOCK_M, BLOCK_P), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + m.to(tl.int64)[:, None] * P + p[None, :], zero, (m < M)[:, None] & (p < P)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "G"])
+def _grouped_mm_tokens(
+    a_desc, b_desc, out_ptr,
+    a_ptr, b_ptr,
+    a_scale_ptr, b_scale_ptr,
+    groups_ptr,
+    M, P, Q, G,
+    SCALING: tl.constexpr, PRECISE: tl.constexpr, TRANSPOSED: tl.constexpr, TOKEN_TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """TRANSPOSED operands are [P, Mp] and [Q, Mp], each group zero-padded to TOKEN_TILE. Others are bf16 [M, P] and
+    [M, Q] as they lie: whole tiles of tokens by TMA, the group's last tokens by masked loads."""
+    p_blocks = tl.cdiv(P, BLOCK_P)
+    q_blocks = tl.cdiv(Q, BLOCK_Q)
+    for tile in tl.range(tl.program_id(0), G * p_blocks * q_blocks, PROGRAMS):
+        group = tile // (p_blocks * q_blocks)
+        in_group = tile % (p_blocks * q_blocks)
+        band = BAND * q_blocks
+        top = in_group // band * BAND
+        height = tl.minimum(p_blocks - top, BAND)
+        first_p = (top + in_group % band % height) * BLOCK_P
+        first_q = in_group % band // height * BLOCK_Q
+        p = first_p + tl.arange(0, BLOCK_P)
+        q = first_q + tl.arange(0, BLOCK_Q)
+        start = tl.load(groups_ptr + group * 4)
+        end = tl.load(groups_ptr + group * 4 + 1)
+
+        acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+        if TRANSPOSED:
+            start = tl.load(groups_ptr + group * 4 + 2) * TOKEN_TILE
+            end = tl.load(groups_ptr + group * 4 + 6) * TOKEN_TILE  # where the next group starts
+            for m in range(start, end, BLOCK_M):
+                a = a_desc.load([first_p, m])
+                b = b_desc.load([first_q, m])
+                if SCALING == "mx":
+                    a_scale = _mx_scales(a_scale_ptr, p, p < P, m, M, BLOCK_M)
+                    b_scale = _mx_scales(b_scale_ptr, q, q < Q, m, M, BLOCK_M)
+                    acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
+                else:
+                    acc = _multiply(a, b, acc, PRECISE)
+        else:
+            whole = start + (end - start) // BLOCK_M * BLOCK_M
+            for m in range(start, whole, BLOCK_M):
+                acc = _multiply(a_desc.load([m, first_p]).T, b_desc.load([m, first_q]).T, acc, PRECISE)
+            if whole < end:
+                row = (whole + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+                a = tl.load(a_ptr + row * P + p[None, :], (row < end) & (p < P)[None, :], 0.0)
+                b = tl.load(b_ptr + row * Q + q[None, :], (row < end) & (q < Q)[None, :], 0.0)
+                acc = _multiply(a.T, b.T, acc, PRECISE)
+
+        if SCALING == "rowwise":
+            acc *= tl.load(a_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[:, None]
+            acc *= tl.load(b_scale_ptr + group.to(tl.int64) * Q + q, q < Q, 0.0)[None, :]
+        out = out_ptr + (group.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), (p < P)[:, None] & (q < Q)[None, :])
+
+
+def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None):
+    if a_scale is None or b_scale is None:
+        return "none", None, None
+    if a_scale.dtype == torch.float32:
+        return "rowwise", a_scale, b_scale
+    return "mx", a_scale.view(torch.uint8), b_scale.view(torch.uint8)
+
+
+def grouped_mm(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b: torch.Tensor,
+    b_scale: torch.Tensor | None,
+    tiles: torch.Tensor,
+    groups: torch.Tensor,
+    out: torch.Tensor,
+    tuned: GemmTiles,
+    programs: int,
+    precise: bool = False,
+) -> None:
+    """out[M, P] = a[M, C] @ b[g, P, C]^T for the group g of each row; rows of no group become zero.
+
+    Args:
+        a: e4m3 or bf16 [M, C], contiguous.
+        b: e4m3 [G, P, C] contiguous, or bf16 [G, P, C] with axis 1 or 2 contiguous.
+        a_scale, b_scale: float32 [M], [G, P]; or E8M0 [M, ceil(C/32)], [G, P, ceil(C/32)]; or None for bf16.
+        tiles, groups: the map of `tuned.rows`-token tiles (`tiles.map_tiles`).
+        out: bf16 or fp32 [M, P], contiguous, written whole.
+        programs: persistent programs, the number of multiprocessors.
+        precise: add partial products in float32 outside the tensor core.
+    """
+    (M, C), (G, P, _) = a.shape, b.shape
+    if M == 0:
+        return
+    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
+    contraction_last = b.stride(2) == 1
+    if contraction_last:
+        b_desc = TensorDescriptor(b, [G, P, C], [*b.stride()], [1, tuned.cols, tuned.depth])
+    else:
+        b_desc = TensorDescriptor(b, [G, C, P], [b.stride(0), b.stride(2), 1], [1, tuned.depth, tuned.cols])
+    _grouped_mm[(programs,)](
+        TensorDescriptor(a, [M, C], [C, 1], [tuned.rows, tuned.depth]), b_desc, out,
+        a_scale, b_scale, tiles, groups, M, P, C, G,
+        SCALING=scaling, PRECISE=precise, B_CONTRACTION_LAST=contraction_last,
+        BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
+        num_warps=tuned.warps, num_stages=tuned.stages,
+    )  # fmt: skip
+
+
+def grouped_mm_tokens(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b: torch.Tensor,
+    b_scale: torch.Tensor | None,
+    groups: torch.Tensor,
+    out: torch.Tensor,
+    tuned: GemmTiles,
+    programs: int,
+    transposed: bool,
+    precise: bool = False,
+) -> None:
+    """out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T; a group without tokens gives zeros.
+
+    Args:
+        a, b: with `transposed`, e4m3 or bf16 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`);
+            without, bf16 [M, P] and [M, Q], as they lie. Contiguous.
+        a_scale, b_scale: float32 [G, P], [G, Q]; or E8M0 [P, Mp/32], [Q, Mp/32]; or None for bf16.
+        groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens where `transposed`.
+        out: bf16 or fp32 [G, P, Q], contiguous, written whole.
+    """
+    G, P, Q = out.shape
+    M = a.shape[1] if transposed else a.shape[0]
+    if M == 0:
+        out.zero_()
+        return
+    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
+    if transposed:
+        a_desc = TensorDescriptor(a, [P, M], [M, 1], [tuned.rows, tuned.depth])
+        b_desc = TensorDescriptor(b, [Q, M], [M, 1], [tuned.cols, tuned.depth])
+    else:
+        a_desc = TensorDescriptor(a, [M, P], [P, 1], [tuned.depth, tuned.rows])
+        b_desc = TensorDescriptor(b, [M, Q], [Q, 1], [tuned.depth, tuned.cols])
+    _grouped_mm_tokens[(programs,)](
+        a_desc, b_desc, out, a, b,
+        a_scale, b_scale, groups, M, P, Q, G,
+        SCALING=scaling, PRECISE=precise, TRANSPOSED=transposed, TOKEN_TILE=TOKEN_TILE,
+        BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
+        num_warps=tuned.warps, num_stages=tuned.stages,
+    )  # fmt: skip

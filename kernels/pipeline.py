@@ -1,0 +1,408 @@
+"""Forward and backward of one grouped GEMM: what every frontend calls.
+
+A frontend asks for a spec (the shapes and dtypes of outputs and scratch, from static shapes and the config), allocates
+by it, and hands the tensors in by name. On a GPU nothing here allocates, synchronises or reads the environment, except
+where the dispatch table names torch's or the emulated GEMM, which allocate.
+
+M tokens, K contraction of the forward, N output features, G groups, Mp padded tokens (`xmoe.operands`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+
+from xmoe.config import Accumulation, GroupedMMConfig
+from xmoe.kernels import emulation
+from xmoe.kernels.dispatch import Device, Elements, Implementation, select
+from xmoe.operands import MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
+
+try:
+    import triton  # noqa: F401
+
+    from xmoe.kernels import grouped_gemm, quantize, tiles, tuning
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The static facts of one grouped GEMM. Dtypes are names ("bfloat16", "float32")."""
+
+    M: int
+    N: int
+    K: int
+    G: int
+    a_dtype: str = "bfloat16"
+    b_dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be: its shape and its dtype's name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a call writes: its outputs, and scratch whose content means nothing afterwards."""
+
+    outputs: dict[str, TensorSpec] = field(default_factory=dict)
+    scratch: dict[str, TensorSpec] = field(default_factory=dict)
+
+
+@lru_cache
+def device_of(type: str, index: int | None = None) -> Device:
+    """The dispatch table's view of a torch device."""
+    if type != "cuda":
+        return Device(type, triton=HAS_TRITON)
+    return Device(type, torch.cuda.get_device_capability(index), HAS_TRITON)
+
+
+def saves_input(config: GroupedMMConfig) -> bool:
+    """Whether the backward takes A itself (its wgrad is in bf16) instead of A's quantized wgrad operand."""
+    return config.wgrad_with_hp or config.format == "bf16"
+
+
+# --------------------------------------------------------------------------------------------------------------- specs
+
+
+def _operand(name: str, lead: tuple[int, ...], C: int, format: str, elements: Elements) -> dict[str, TensorSpec]:
+    """The tensors of an operand [*lead, C] that is quantized along C."""
+    if elements == "bf16":
+        return {name: TensorSpec((*lead, C), "bfloat16")}
+    scale = TensorSpec(lead, "float32")
+    if format != "fp8_rowwise":
+        scale = TensorSpec((*lead, -(-C // MX_BLOCK)), "float8_e8m0fnu")
+    return {name: TensorSpec((*lead, C), "float8_e4m3fn"), f"{name}_scale": scale}
+
+
+def _weights(out: int, contraction: int, p: Problem, config: GroupedMMConfig, impl: Implementation):
+    if config.format == "bf16":
+        return {} if p.b_dtype == "bfloat16" else {"b": TensorSpec((p.G, out, contraction), "bfloat16")}
+    specs = _operand("b", (p.G, out), contraction, config.format, impl.elements)
+    if config.format == "fp8_rowwise":
+        specs["b_amax"] = TensorSpec((p.G, out), "int32")
+    return specs
+
+
+def _rows(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, impl: Implementation):
+    if config.format == "bf16":
+        return {} if dtype == "bfloat16" else {name: TensorSpec((p.M, C), "bfloat16")}
+    return _operand(name, (p.M,), C, config.format, impl.elements)
+
+
+def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, elements: Elements):
+    """(the wgrad operand [C, Mp], the scratch of its quantizer)."""
+    specs = _operand(name, (C,), padded_tokens(p.M, p.G), config.format, elements)
+    if config.format == "fp8_rowwise":
+        specs[f"{name}_scale"] = TensorSpec((p.G, C), "float32")
+        return specs, {f"{name}_amax": TensorSpec((p.G, C), "int32")}
+    return specs, {}
+
+
+def _map(prefix: str, tile: int, p: Problem) -> dict[str, TensorSpec]:
+    return {
+        f"{prefix}tiles": TensorSpec((max(1, tiles.max_tiles(p.M, p.G, tile)), tiles.TILE_FIELDS), "int32"),
+        f"{prefix}groups": TensorSpec((p.G + 1, tiles.TILE_FIELDS), "int32"),
+    }
+
+
+@lru_cache(maxsize=4096)
+def forward_spec(problem: Problem, config: GroupedMMConfig, device: Device, save_tokens: bool = True) -> Spec:
+    """Outputs: ``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A:
+    ``a_tokens`` e4m3 [K, Mp] and ``a_tokens_scale`` (float32 [G, K] or E8M0 [K, Mp/32])."""
+    p, impl = problem, select(config, device)
+    spec = Spec({"out": TensorSpec((p.M, p.N), p.out_dtype)})
+    save = save_tokens and not saves_input(config)
+    if save:
+        # Saved in 8 bits whatever the wgrad multiplies: that is what lives until the backward.
+        operand, scratch = _tokens("a_tokens", p.K, p, config, "fp8")
+        spec.outputs.update(operand)
+        if impl.gemm != "emulated":
+            spec.scratch.update(scratch | _map("token_", TOKEN_TILE, p))
+    if impl.gemm != "emulated":
+        spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl) | _weights(p.N, p.K, p, config, impl))
+        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, device).rows, p))
+    return spec
+
+
+@lru_cache(maxsize=4096)
+def backward_spec(
+    problem: Problem, config: GroupedMMConfig, device: Device, need_dA: bool = True, need_dB: bool = True
+) -> Spec:
+    """Outputs: ``dA`` [M, K] and ``dB`` [G, K, N], those needed, in the dtypes of A and B. The gradient of the output
+    comes in `problem.out_dtype`."""
+    p, impl = problem, select(config, device)
+    spec = Spec()
+    if need_dA:
+        spec.outputs["dA"] = TensorSpec((p.M, p.K), p.a_dtype)
+    if need_dB:
+        spec.outputs["dB"] = TensorSpec((p.G, p.K, p.N), p.b_dtype)
+    if impl.gemm == "emulated":
+        return spec
+    if need_dA:
+        spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl) | _weights(p.K, p.N, p, config, impl))
+        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, device).rows, p))
+    if need_dB:
+        spec.scratch.update(_map("token_", TOKEN_TILE, p))
+        if saves_input(config):
+            for name, C, dtype in (("a_hp", p.K, p.a_dtype), ("d_hp", p.N, p.out_dtype)):
+                if dtype != "bfloat16":
+                    spec.scratch[name] = TensorSpec((p.M, C), "bfloat16")
+        else:
+            operand, scratch = _tokens("d_tokens", p.N, p, config, impl.wgrad_elements)
+            spec.scratch.update(operand | scratch)
+            if impl.wgrad_elements == "bf16":
+                spec.scratch["a_tokens_bf16"] = TensorSpec((p.K, padded_tokens(p.M, p.G)), "bfloat16")
+    return spec
+
+
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+@lru_cache
+def _programs(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _gemm_tiles(kernel: str, elements: Elements, p: Problem, device: Device):
+    assert device.capability is not None, f"Triton GEMMs need a compute capability, got {device}"
+    return tuning.lookup(kernel, elements, device.capability, p.M, p.G)
+
+
+class _Call:
+    """The stages of one call: quantize, map, multiply. Reads sizes from the tensors, tile shapes from the problem."""
+
+    def __init__(self, problem: Problem, config: GroupedMMConfig, device: Device, offs: torch.Tensor, scratch: Tensors):
+        self.problem, self.config, self.device = problem, config, device
+        self.implementation = select(config, device)
+        self.offs, self.scratch = offs, scratch
+        self.precise = config.accumulation is Accumulation.PRECISE
+        self.programs = _programs(offs.device.index)
+
+    def map(self, prefix: str, M: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        token_tiles, groups = self.scratch[f"{prefix}tiles"], self.scratch[f"{prefix}groups"]
+        tiles.map_tiles(self.offs, M, tile, token_tiles, groups)
+        return token_tiles, groups
+
+    def rows(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.config.format == "bf16":
+            return self.cast(name, x), None
+        data, scale = self.scratch[name], self.scratch.get(f"{name}_scale")
+        quantize.quantize_rows(x, self.config.format, data, scale)
+        return data, scale
+
+    def weights(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """b [G, P, C], contraction C."""
+        if self.config.format == "bf16":
+            return (b if b.dtype == torch.bfloat16 else self.scratch["b"].copy_(b)), None
+        data, scale = self.scratch["b"], self.scratch.get("b_scale")
+        quantize.quantize_weights(b, self.config.format, data, scale, self.scratch.get("b_amax"))
+        return data, scale
+
+    def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == torch.bfloat16 else self.scratch[name].copy_(x)
+
+    def tokens(self, name: str, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor | None, map) -> None:
+        quantize.quantize_tokens(x, self.config.format, data, scale, self.scratch.get(f"{name}_amax"), *map)
+
+    def grouped_mm(self, a: torch.Tensor, b: torch.Tensor, name: str, out: torch.Tensor) -> None:
+        """out[M, P] = a[M, C] @ b[G, P, C]^T, both still to be quantized along C."""
+        tuned = _gemm_tiles("grouped_mm", self.implementation.elements, self.problem, self.device)
+        a_data, a_scale = self.rows(name, a)
+        b_data, b_scale = self.weights(b)
+        token_tiles, groups = self.map("", a.shape[0], tuned.rows)
+        if self.implementation.gemm == "torch":
+            _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
+            return
+        grouped_gemm.grouped_mm(
+            a_data, a_scale, b_data, b_scale, token_tiles, groups, out, tuned, self.programs, self.precise
+        )
+
+    def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out: torch.Tensor, transposed: bool) -> None:
+        """out[G, K, N] from wgrad operands of A and dOut; an out that is stored [G, N, K] swaps them."""
+        if out.stride(2) != 1:
+            a, a_scale, b, b_scale, out = b, b_scale, a, a_scale, out.mT
+        if self.implementation.gemm == "torch":
+            _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, transposed, not self.precise)
+            return
+        elements = self.implementation.wgrad_elements
+        tuned = _gemm_tiles("grouped_mm_tokens", elements, self.problem, self.device)
+        grouped_gemm.grouped_mm_tokens(
+            a, a_scale, b, b_scale, groups, out, tuned, self.programs, transposed, self.precise
+        )
+
+
+def _ends(groups: torch.Tensor) -> torch.Tensor:
+    return groups[:-1, 1].contiguous()
+
+
+def _torch_grouped_mm(a, a_scale, b, b_scale, groups, out, fast: bool) -> None:
+    ends = _ends(groups)
+    if a_scale is None:
+        result = torch._grouped_mm(a, b.mT, ends)
+    else:
+        result = torch._scaled_grouped_mm(
+            a, b.mT, a_scale, b_scale, ends, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+    out.copy_(result)
+    rows = torch.arange(out.shape[0], device=out.device)
+    out.masked_fill_((rows >= groups[-1, 0])[:, None], 0.0)
+
+
+def _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, transposed: bool, fast: bool) -> None:
+    if transposed:
+        ends = groups[1:, 2] * TOKEN_TILE
+        result = torch._scaled_grouped_mm(
+            a, b.mT, a_scale.flatten(), b_scale.flatten(), ends, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+    else:
+        result = torch._grouped_mm(a.mT, b, _ends(groups))
+    out.copy_(result)
+    out.masked_fill_((groups[:-1, 0] == groups[:-1, 1])[:, None, None], 0.0)
+
+
+def forward(
+    problem: Problem,
+    config: GroupedMMConfig,
+    device: Device,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    offs: torch.Tensor,
+    outputs: Tensors,
+    scratch: Tensors,
+) -> None:
+    """Write the outputs of `forward_spec`.
+
+    Args:
+        A: bf16 or fp32 [M, K].
+        B: bf16 or fp32 [G, K, N], any strides that leave K or N contiguous.
+        offs: int32 [G], cumulative group ends; any values (docs/design.md).
+        outputs, scratch: by the names of `forward_spec`, contiguous; ``a_tokens`` is written where it is given.
+    """
+    if select(config, device).gemm == "emulated":
+        _emulated_forward(config, A, B, offs, outputs)
+        return
+    call = _Call(problem, config, device, offs, scratch)
+    call.grouped_mm(A, B.mT, "a", outputs["out"])
+    if "a_tokens" in outputs:
+        map = call.map("token_", A.shape[0], TOKEN_TILE)
+        call.tokens("a_tokens", A, outputs["a_tokens"], outputs["a_tokens_scale"], map)
+
+
+def backward(
+    problem: Problem,
+    config: GroupedMMConfig,
+    device: Device,
+    dOut: torch.Tensor,
+    A_saved: tuple[torch.Tensor, ...],
+    B: torch.Tensor,
+    offs: torch.Tensor,
+    outputs: Tensors,
+    scratch: Tensors,
+) -> None:
+    """Write the outputs of `backward_spec`, those that `outputs` names.
+
+    Args:
+        dOut: bf16 or fp32 [M, N].
+        A_saved: (A,) if `saves_input(config)`, else (a_tokens, a_tokens_scale); unused, and may be (), without ``dB``.
+        B, offs: as in `forward`.
+        outputs: ``dA`` contiguous; ``dB`` [G, K, N] contiguous, or the transposed view of a contiguous [G, N, K].
+    """
+    if select(config, device).gemm == "emulated":
+        _emulated_backward(config, dOut, A_saved, B, offs, outputs)
+        return
+    call = _Call(problem, config, device, offs, scratch)
+    if "dA" in outputs:
+        call.grouped_mm(dOut, B, "d", outputs["dA"])
+    if "dB" in outputs:
+        map = call.map("token_", dOut.shape[0], TOKEN_TILE)
+        if saves_input(config):
+            a, d = call.cast("a_hp", A_saved[0]), call.cast("d_hp", dOut)
+            call.grouped_mm_tokens(a, None, d, None, map[1], outputs["dB"], transposed=False)
+            return
+        a, a_scale = A_saved
+        d, d_scale = scratch["d_tokens"], scratch.get("d_tokens_scale")
+        call.tokens("d_tokens", dOut, d, d_scale, map)
+        if "a_tokens_bf16" in scratch:
+            quantize.dequantize(a, a_scale, scratch["a_tokens_bf16"])
+            a, a_scale = scratch["a_tokens_bf16"], None
+        call.grouped_mm_tokens(a, a_scale, d, d_scale, map[1], outputs["dB"], transposed=True)
+
+
+def _emulated_forward(config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs: Tensors) -> None:
+    out = outputs["out"]
+    if config.format == "bf16":
+        emulation.grouped_mm_bf16(A, B, offs, out=out)
+        return
+    a = emulation.quantize_rows(A, config.format, axis="K")
+    emulation.grouped_mm(a, emulation.quantize_weights(B, "K", config.format), offs, out=out)
+    if "a_tokens" in outputs:
+        tokens = emulation.quantize_tokens(A, offs, config.format)
+        _copy_bytes(outputs["a_tokens"], tokens.data)
+        _copy_bytes(outputs["a_tokens_scale"], tokens.scale)
+
+
+def _emulated_backward(config: GroupedMMConfig, dOut, A_saved, B, offs: torch.Tensor, outputs: Tensors) -> None:
+    fmt, ends = config.format, offs.clamp(0, dOut.shape[0])
+    if "dA" in outputs:
+        if fmt == "bf16":
+            emulation.grouped_mm_bf16(dOut, B.mT, offs, out=outputs["dA"])
+        else:
+            d = emulation.quantize_rows(dOut, fmt, axis="N")
+            emulation.grouped_mm(d, emulation.quantize_weights(B, "N", fmt), offs, out=outputs["dA"])
+    if "dB" in outputs:
+        if saves_input(config):
+            emulation.grouped_mm_tokens_bf16(A_saved[0], dOut, offs, out=outputs["dB"])
+        else:
+            a = QuantizedOperand(*A_saved, "tokens", fmt)
+            emulation.grouped_mm_tokens(a, emulation.quantize_tokens(dOut, offs, fmt), ends, out=outputs["dB"])
+
+
+def _copy_bytes(out: torch.Tensor, x: torch.Tensor) -> None:
+    """copy_ without an fp8 cast kernel in between."""
+    byte = torch.uint8 if x.element_size() == 1 else x.dtype
+    out.view(byte).copy_(x.view(byte))
+
+
+# -------------------------------------------------------------------------------------------------------------- set-up
+
+
+def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors by their specs."""
+    return {name: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device=device) for name, s in specs.items()}
+
+
+@lru_cache(maxsize=4096)
+def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device, backward_too: bool = True) -> None:
+    """Compile and load every kernel that `problem` will launch, so that a first launch may be recorded into a CUDA
+    graph. Runs the calls on two tokens of one expert; nothing off CUDA."""
+    if device.type != "cuda":
+        return
+    view = device_of(device.type, device.index)
+    small = replace(problem, M=16, G=1)
+    A = torch.zeros(16, problem.K, dtype=getattr(torch, problem.a_dtype), device=device)
+    B = torch.zeros(1, problem.K, problem.N, dtype=getattr(torch, problem.b_dtype), device=device)
+    dOut = torch.zeros(16, problem.N, dtype=getattr(torch, problem.out_dtype), device=device)
+    offs = torch.full((1,), 16, dtype=torch.int32, device=device)
+    for b in (B, B.mT.contiguous().mT):
+        spec = forward_spec(small, config, view)
+        outputs = allocate(spec.outputs, device)
+        forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch, device))
+        if backward_too:
+            saved = (A,) if saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
+            spec = backward_spec(small, config, view)
+            grads = allocate(spec.outputs, device)
+            if b is not B:
+                grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
+            backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch, device))
+    torch.cuda.synchronize(device)

@@ -1,0 +1,56 @@
+"""Tile shapes of the GEMM kernels: read from tuning.toml, which `python -m xmoe.kernels.tune` measures and writes."""
+
+import tomllib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("tuning.toml")
+
+FEW_TOKENS = 256
+"""Tokens a group below which a problem is of the class "few"."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTiles:
+    """One line of the table. Output tiles are rows x cols; `depth` elements of the contraction a step."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    band: int
+    """Row tiles that walk the columns together (L2 reuse)."""
+
+
+@lru_cache
+def table() -> dict[str, dict[str, dict[str, dict[str, GemmTiles]]]]:
+    """arch -> kernel -> element -> shape class -> tiles."""
+    raw = tomllib.loads(TABLE.read_text())
+    return {
+        arch: {
+            kernel: {el: {cls: GemmTiles(**t) for cls, t in classes.items()} for el, classes in elements.items()}
+            for kernel, elements in kernels.items()
+        }
+        for arch, kernels in raw.items()
+    }
+
+
+def arch(capability: tuple[int, int]) -> str:
+    """The table's architecture for a compute capability: the newest that it knows and that is not newer."""
+    known = sorted((int(name[2:]), name) for name in table())
+    number = capability[0] * 10 + capability[1]
+    return next((name for n, name in reversed(known) if n <= number), known[0][1])
+
+
+def is_tuned(capability: tuple[int, int]) -> bool:
+    """Whether the table has lines measured for this very capability."""
+    return arch(capability) == f"sm{capability[0] * 10 + capability[1]}"
+
+
+@lru_cache(maxsize=4096)
+def lookup(kernel: str, element: str, capability: tuple[int, int], M: int, G: int) -> GemmTiles:
+    """Tiles for a kernel ("grouped_mm", "grouped_mm_tokens"), element ("fp8", "mx", "bf16"), M tokens in G groups."""
+    classes = table()[arch(capability)][kernel][element]
+    return classes.get("few" if M < FEW_TOKENS * G else "many") or classes["many"]
