@@ -1,0 +1,105 @@
+"""Differentiable grouped GEMMs in low precision: drop-ins for ``torch._grouped_mm(A, B_t, offs)``."""
+
+import dataclasses
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from xmoe.config import (
+    BF16GroupedMMConfig,
+    FP8GroupedMMConfig,
+    GroupedMMConfig,
+    KernelPreference,
+    MXFP8GroupedMMConfig,
+    ScaleCalculationMode,
+    config_from_key,
+)
+from xmoe.torch_backend import ops
+
+_BF16_KEY = BF16GroupedMMConfig().to_key()
+
+
+def scaled_grouped_mm(A: Tensor, B_t: Tensor, offs: Tensor, config: GroupedMMConfig | None = None) -> Tensor:
+    """out[M, N] = A_g @ B_t[g] for the rows of each group g, and its gradients, in the precision of `config`.
+
+    Args:
+        A: bf16 or fp32 [M, K]. Group g owns the rows ``offs[g-1]:offs[g]``.
+        B_t: bf16 or fp32 [G, K, N], any strides; for weights stored [G, N, K] give ``weight.transpose(-2, -1)``.
+        offs: int32 [G], the end row of each group. Groups may be empty and need no alignment; rows past the last one
+            come out as zeros. Offsets stay on the device: bad ones raise under ``config.debug`` only.
+        config: what to quantize; None is the bf16 baseline.
+
+    Returns:
+        [M, N] in ``config.out_dtype``, or in the dtype of A.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; K or N not a multiple of 16; a config that the device
+            cannot run under its kernel preference.
+    """
+    return grouped_mm_by_key(A, B_t, offs, _BF16_KEY if config is None else config.to_key())
+
+
+def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> Tensor:
+    """`scaled_grouped_mm` with the config as its key, the form that the ops carry."""
+    save_tokens = B_t.requires_grad and torch.is_grad_enabled()
+    return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens)[0]
+
+
+def to_fp8_rowwise_then_scaled_grouped_mm(
+    A: Tensor,
+    B_t: Tensor,
+    offs: Tensor,
+    out_dtype: torch.dtype | None = None,
+    *,
+    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+    wgrad_with_hp: bool = False,
+) -> Tensor:
+    """`scaled_grouped_mm` under ``FP8GroupedMMConfig`` with these fields; `out_dtype` None is the dtype of A."""
+    config = _config(
+        FP8GroupedMMConfig, out_dtype=out_dtype, kernel_preference=kernel_preference, wgrad_with_hp=wgrad_with_hp
+    )
+    return scaled_grouped_mm(A, B_t, offs, config)
+
+
+def to_mxfp8_then_scaled_grouped_mm(
+    A: Tensor,
+    B_t: Tensor,
+    offs: Tensor,
+    out_dtype: torch.dtype | None = None,
+    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+    wgrad_with_hp: bool = False,
+    scale_calculation_mode: ScaleCalculationMode | str = ScaleCalculationMode.RCEIL,
+) -> Tensor:
+    """`scaled_grouped_mm` under ``MXFP8GroupedMMConfig`` with these fields; `out_dtype` None is the dtype of A."""
+    config = _config(
+        MXFP8GroupedMMConfig,
+        out_dtype=out_dtype,
+        kernel_preference=kernel_preference,
+        wgrad_with_hp=wgrad_with_hp,
+        scale_calculation_mode=scale_calculation_mode,
+    )
+    return scaled_grouped_mm(A, B_t, offs, config)
+
+
+_to_fp8_rowwise_then_scaled_grouped_mm = to_fp8_rowwise_then_scaled_grouped_mm
+_to_mxfp8_then_scaled_grouped_mm = to_mxfp8_then_scaled_grouped_mm
+
+
+@lru_cache(maxsize=1024)
+def _config(cls: type[GroupedMMConfig], **fields: object) -> GroupedMMConfig:
+    return cls(**fields)
+
+
+@lru_cache(maxsize=1024)
+def key_with_out_dtype(config_key: str, out_dtype: torch.dtype) -> str:
+    """The key of the same config with another output dtype."""
+    return dataclasses.replace(config_from_key(config_key), out_dtype=out_dtype).to_key()
+
+
+__all__ = [
+    "ops",
+    "scaled_grouped_mm",
+    "to_fp8_rowwise_then_scaled_grouped_mm",
+    "to_mxfp8_then_scaled_grouped_mm",
+]

@@ -1,0 +1,288 @@
+"""The custom ops ``xmoe::grouped_mm_forward`` and ``xmoe::grouped_mm_backward``, their fakes and their autograd.
+
+M = tokens, K = contraction, N = output features, G = groups, Mp = padded tokens (``xmoe.operands``).
+
+The ops allocate by the specs of ``xmoe.kernels.pipeline`` and call it. All that follows from a call's signature (shapes,
+dtypes, devices, config) is checked and worked out once and cached in a plan.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
+from xmoe.kernels import pipeline
+from xmoe.kernels.dispatch import Device
+
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+class _Plan(NamedTuple):
+    problem: pipeline.Problem
+    config: GroupedMMConfig
+    view: Device
+    outputs: _Specs
+    scratch: _Specs
+
+
+def _specs(specs: dict[str, pipeline.TensorSpec]) -> _Specs:
+    return tuple((name, spec.shape, getattr(torch, spec.dtype)) for name, spec in specs.items())
+
+
+def _allocate(specs: _Specs, device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in specs}
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check_signature(
+    A_shape: Sequence[int],
+    A_dtype: torch.dtype,
+    B_shape: Sequence[int],
+    B_dtype: torch.dtype,
+    offs_shape: Sequence[int],
+    offs_dtype: torch.dtype,
+    devices: Sequence[torch.device],
+) -> None:
+    """Raises ValueError, naming the argument, its value and the fix, unless A [M, K], B [G, K, N] and offs [G] fit."""
+    if len(A_shape) != 2:
+        raise ValueError(f"A has shape {tuple(A_shape)}; flatten the leading dimensions to [M, K]")
+    if len(B_shape) != 3:
+        raise ValueError(f"B_t has shape {tuple(B_shape)}; give expert weights [G, K, N]")
+    for name, dtype in (("A", A_dtype), ("B_t", B_dtype)):
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} is {dtype}; cast it to torch.bfloat16 or torch.float32")
+    G, K, N = B_shape
+    if A_shape[1] != K:
+        raise ValueError(
+            f"A has K={A_shape[1]} columns and B_t {tuple(B_shape)} has K={K}; give B_t as [G, K, N], which for weights "
+            "stored [G, N, K] is weight.transpose(-2, -1)"
+        )
+    if G < 1:
+        raise ValueError(f"B_t has shape {tuple(B_shape)}; give at least one group")
+    for name, size in (("K", K), ("N", N)):
+        if size < 16 or size % 16:
+            raise ValueError(
+                f"{name}={size} is not a positive multiple of 16; pad it to {max(16, -(-size // 16) * 16)}"
+            )
+    if offs_dtype != torch.int32:
+        raise ValueError(f"offs is {offs_dtype}; cast it with offs.to(torch.int32)")
+    if tuple(offs_shape) != (G,):
+        raise ValueError(f"offs has shape {tuple(offs_shape)}; give one end row for each of the G={G} groups, ({G},)")
+    if not devices[0] == devices[1] == devices[2]:
+        raise ValueError(f"A, B_t and offs are on {', '.join(map(str, devices))}; move them to one device")
+
+
+def check_offsets(offs: Tensor, M: int) -> None:
+    """Raises ValueError unless ``offs`` [G] is non-decreasing within [0, M]. Waits for the device (``config.debug``)."""
+    ends = offs.tolist()
+    for g, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if not 0 <= end <= M:
+            raise ValueError(f"offs[{g}]={end} is outside [0, M={M}]; offs are cumulative row counts of A")
+        if end < start:
+            raise ValueError(f"offs[{g}]={end} is less than offs[{g - 1}]={start}; give cumulative sums of group sizes")
+
+
+# ----------------------------------------------------------------------------------------------------------- forward
+
+
+@lru_cache(maxsize=4096)
+def _forward_plan(
+    A_shape: torch.Size,
+    A_dtype: torch.dtype,
+    B_shape: torch.Size,
+    B_dtype: torch.dtype,
+    offs_shape: torch.Size,
+    offs_dtype: torch.dtype,
+    devices: tuple[torch.device, ...],
+    key: str,
+    save_tokens: bool,
+) -> _Plan:
+    check_signature(A_shape, A_dtype, B_shape, B_dtype, offs_shape, offs_dtype, devices)
+    config = config_from_key(key)
+    problem = _problem(A_shape[0], B_shape, A_dtype, B_dtype, _out_dtype(config, A_dtype))
+    view = pipeline.device_of(devices[0].type, devices[0].index)
+    spec = pipeline.forward_spec(problem, config, view, save_tokens)
+    return _Plan(problem, config, view, _specs(spec.outputs), _specs(spec.scratch))
+
+
+def _out_dtype(config: GroupedMMConfig, A_dtype: torch.dtype) -> str:
+    return config.out_dtype or _DTYPES[A_dtype]
+
+
+def _problem(
+    M: int, B_shape: torch.Size, A_dtype: torch.dtype, B_dtype: torch.dtype, out_dtype: str
+) -> pipeline.Problem:
+    G, K, N = B_shape
+    return pipeline.Problem(M, N, K, G, _DTYPES[A_dtype], _DTYPES[B_dtype], out_dtype)
+
+
+@torch.library.custom_op("xmoe::grouped_mm_forward", mutates_args=())
+def grouped_mm_forward(
+    A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out [M, N], a_tokens [K, Mp], a_tokens_scale)``; the last two are empty [0] unless `save_tokens` made them.
+
+    Args:
+        A: bf16 or fp32 [M, K].
+        B: bf16 or fp32 [G, K, N], any strides.
+        offs: int32 [G], the end row of each group.
+        config_key: ``GroupedMMConfig.to_key()``.
+        save_tokens: also quantize A for the weight gradient. Ignored by configs whose wgrad takes A itself.
+    """
+    plan = _forward_plan(
+        A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, (A.device, B.device, offs.device), config_key,
+        save_tokens,
+    )  # fmt: skip
+    if plan.config.debug:
+        check_offsets(offs, A.shape[0])
+    outputs, scratch = _allocate(plan.outputs, A.device), _allocate(plan.scratch, A.device)
+    pipeline.forward(plan.problem, plan.config, plan.view, A.contiguous(), _rows_or_columns(B), offs, outputs, scratch)
+    if "a_tokens" in outputs:
+        return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
+    return outputs["out"], A.new_empty(0), A.new_empty(0)
+
+
+def _rows_or_columns(B: Tensor) -> Tensor:
+    """B with N or K contiguous: the strides that the kernels read."""
+    return B if B.stride(2) == 1 or B.stride(1) == 1 else B.contiguous()
+
+
+_FAKE_VIEW = Device("meta")
+
+
+def _fake_config(key: str) -> GroupedMMConfig:
+    """The emulated twin: its spec has the same outputs, and no scratch that depends on a device or a tuned tile."""
+    return dataclasses.replace(config_from_key(key), kernel_preference=KernelPreference.EMULATED)
+
+
+@grouped_mm_forward.register_fake
+def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
+    devices = (A.device, B.device, offs.device)
+    check_signature(A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, devices)
+    config = _fake_config(config_key)
+    problem = _problem(A.shape[0], B.shape, A.dtype, B.dtype, _out_dtype(config, A.dtype))
+    # Past the cache: a symbolic M cannot be hashed.
+    spec = pipeline.forward_spec.__wrapped__(problem, config, _FAKE_VIEW, save_tokens)
+    outputs = _allocate(_specs(spec.outputs), A.device)
+    if "a_tokens" in outputs:
+        return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
+    return outputs["out"], A.new_empty(0), A.new_empty(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- backward
+
+
+@lru_cache(maxsize=4096)
+def _backward_plan(
+    M: int,
+    dOut_dtype: torch.dtype,
+    A_dtype: torch.dtype,
+    B_shape: torch.Size,
+    B_dtype: torch.dtype,
+    device: torch.device,
+    key: str,
+    need_dA: bool,
+    need_dB: bool,
+) -> _Plan:
+    config = config_from_key(key)
+    problem = _problem(M, B_shape, A_dtype, B_dtype, _DTYPES[dOut_dtype])
+    view = pipeline.device_of(device.type, device.index)
+    spec = pipeline.backward_spec(problem, config, view, need_dA, need_dB)
+    return _Plan(problem, config, view, _specs(spec.outputs), _specs(spec.scratch))
+
+
+def _empty_dB(B: Tensor) -> Tensor:
+    """dB [G, K, N] in B's layout: a transposed view of [G, N, K] where B is one, else contiguous."""
+    G, K, N = B.shape
+    return B.new_empty(G, K, N) if B.stride(2) == 1 else B.new_empty(G, N, K).transpose(1, 2)
+
+
+@torch.library.custom_op("xmoe::grouped_mm_backward", mutates_args=())
+def grouped_mm_backward(
+    dOut: Tensor,
+    A_saved: Sequence[Tensor],
+    B: Tensor,
+    offs: Tensor,
+    config_key: str,
+    A_dtype: torch.dtype,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(dA [M, K], dB [G, K, N])``, empty [0] where not needed. dB has the memory layout of B.
+
+    Args:
+        dOut: [M, N] in the forward's output dtype.
+        A_saved: ``(a_tokens, a_tokens_scale)`` of the forward, ``(A,)`` where the config's wgrad takes A itself
+            (``pipeline.saves_input``), or () without `need_dB`.
+        B, offs, config_key: as in the forward.
+        A_dtype: of A and dA.
+    """
+    device = dOut.device
+    plan = _backward_plan(dOut.shape[0], dOut.dtype, A_dtype, B.shape, B.dtype, device, config_key, need_dA, need_dB)
+    outputs = {
+        name: _empty_dB(B) if name == "dB" else torch.empty(shape, dtype=dtype, device=device)
+        for name, shape, dtype in plan.outputs
+    }
+    scratch = _allocate(plan.scratch, device)
+    pipeline.backward(
+        plan.problem, plan.config, plan.view, dOut.contiguous(), tuple(A_saved), _rows_or_columns(B), offs, outputs,
+        scratch,
+    )  # fmt: skip
+    return (
+        outputs["dA"] if need_dA else dOut.new_empty(0, dtype=A_dtype),
+        outputs["dB"] if need_dB else B.new_empty(0),
+    )
+
+
+@grouped_mm_backward.register_fake
+def _(
+    dOut: Tensor,
+    A_saved: Sequence[Tensor],
+    B: Tensor,
+    offs: Tensor,
+    config_key: str,
+    A_dtype: torch.dtype,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor, Tensor]:
+    problem = _problem(dOut.shape[0], B.shape, A_dtype, B.dtype, _DTYPES[dOut.dtype])
+    config = _fake_config(config_key)
+    outputs = pipeline.backward_spec.__wrapped__(problem, config, _FAKE_VIEW, need_dA, need_dB).outputs
+    dA_shape = outputs["dA"].shape if need_dA else (0,)
+    return dOut.new_empty(dA_shape, dtype=A_dtype), _empty_dB(B) if need_dB else B.new_empty(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    A, B, offs, config_key, _ = inputs
+    _, a_tokens, a_tokens_scale = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(a_tokens, a_tokens_scale)
+    ctx.config_key, ctx.A_dtype = config_key, A.dtype
+    A_saved = ()
+    if ctx.needs_input_grad[1]:
+        A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
+    ctx.save_for_backward(B, offs, *A_saved)
+
+
+def _backward(ctx: Any, dOut: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    need_dA, need_dB = ctx.needs_input_grad[:2]
+    if dOut is None or not (need_dA or need_dB):
+        return None, None, None, None, None
+    B, offs, *A_saved = ctx.saved_tensors
+    dA, dB = torch.ops.xmoe.grouped_mm_backward.default(
+        dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB
+    )
+    return dA if need_dA else None, dB if need_dB else None, None, None, None
+
+
+torch.library.register_autograd("xmoe::grouped_mm_forward", _backward, setup_context=_setup_context)
