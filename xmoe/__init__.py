@@ -6,4 +6,36 @@ from pathlib import Path as _Path
 if __name__ == "xmoe" and not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
+from typing import TYPE_CHECKING, Any
+
+from xmoe.config import RECIPES as RECIPES
+from xmoe.config import Accumulation as Accumulation
+from xmoe.config import BF16GroupedMMConfig as BF16GroupedMMConfig
+from xmoe.config import BF16GroupedMMRecipe as BF16GroupedMMRecipe
+from xmoe.config import FP8GroupedMMConfig as FP8GroupedMMConfig
+from xmoe.config import FP8GroupedMMRecipe as FP8GroupedMMRecipe
+from xmoe.config import GroupedMMConfig as GroupedMMConfig
+from xmoe.config import KernelPreference as KernelPreference
+from xmoe.config import MXFP8GroupedMMConfig as MXFP8GroupedMMConfig
+from xmoe.config import MXFP8GroupedMMRecipe as MXFP8GroupedMMRecipe
+from xmoe.config import ScaleCalculationMode as ScaleCalculationMode
+from xmoe.config import config_from_key as config_from_key
+from xmoe.config import config_from_recipe as config_from_recipe
+from xmoe.fqn import FqnToConfig as FqnToConfig
+from xmoe.fqn import load_toml as load_toml
+from xmoe.fqn import save_toml as save_toml
+from xmoe.legacy import MoEScalingType as MoEScalingType
+from xmoe.legacy import MoETrainingConfig as MoETrainingConfig
+
+if TYPE_CHECKING:
+    from xmoe.torch_backend import quantize_ as quantize_
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize_":  # xmoe.torch_backend's, imported on first use: `import xmoe` loads neither torch nor jax
+        from xmoe.torch_backend import quantize_
+
+        return quantize_
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

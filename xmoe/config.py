@@ -99,7 +99,7 @@ class GroupedMMConfig:
 
     kernel_preference: KernelPreference = KernelPreference.AUTO
     out_dtype: str | None = None
-    """Of the forward's output: "bfloat16", "float16", "float32" or a torch, numpy or JAX dtype; None: the dtype of A."""
+    """Of the forward's output: "bfloat16", "float16" or "float32", or a torch, numpy or JAX dtype; None: that of A."""
     wgrad_with_hp: bool = False
     """Compute the weight gradient from bfloat16 operands."""
     accumulation: Accumulation = Accumulation.FAST

@@ -257,7 +257,7 @@ def _exponent(amax_bits: NDArray[np.int32], *, ceil: bool) -> NDArray[np.int32]:
 
 
 def _cast(x: NDArray[np.float32], exponent: NDArray[np.int32], poisoned: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The e4m3 bytes of x * 2^-exponent, saturating, to nearest even; NaN where poisoned. One exponent per last axis."""
+    """The e4m3 bytes of x * 2^-exponent, saturating, to nearest even; NaN where poisoned. One exponent per block."""
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = np.ldexp(x.astype(np.float64), -exponent[..., None])
         data = np.clip(scaled, -_E4M3_MAX, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)

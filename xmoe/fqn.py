@@ -1,0 +1,195 @@
+"""Which parameter gets which config: names, patterns, their precedence, and the file that holds them.
+
+One implementation serves torch names ("layers.0.experts.w1"), Flax parameter paths (("layers", 0, "experts", "w1")) and
+slash-separated ones: all of them are turned into dots first.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from xmoe import toml
+from xmoe.config import GroupedMMConfig, quantize_table
+
+DEFAULT = "_default"
+_REGEX = "re:"
+_NONE = "none"
+"""TOML has no null: this stands for None there."""
+
+Name = str | Sequence[Any]
+"""A parameter's name, or its path: strings, integers, or the key objects of ``jax.tree_util``."""
+
+
+class Unmatched(Enum):
+    """``FqnToConfig.resolve`` on a name that no key matches, where there is no default."""
+
+    UNMATCHED = "unmatched"
+
+
+UNMATCHED = Unmatched.UNMATCHED
+
+
+def dotted(name: Name) -> str:
+    """A parameter's name or path, with dots: "a/b" and ("a", "b") and (DictKey("a"), GetAttrKey("b")) give "a.b"."""
+    if isinstance(name, str):
+        return name.replace("/", ".").strip(".")
+    return ".".join(str(_part(part)) for part in name)
+
+
+def _part(part: Any) -> Any:
+    for attribute in ("key", "name", "idx"):  # of jax.tree_util's DictKey, GetAttrKey and SequenceKey
+        if hasattr(part, attribute):
+            return getattr(part, attribute)
+    return part
+
+
+class FqnToConfig:
+    """An ordered mapping from names to configs, resolved parameter by parameter. Immutable, hashable, comparable.
+
+    A key is a parameter's or a module's fully qualified name, "re:" and a regular expression that must match such a
+    name in full, or "_default". A *module* is the one that owns the parameter directly: the key "moe" does not reach
+    "moe.experts.w1", the keys "moe.experts" and "re:moe(\\..*)?" do. A value is a config, a recipe's name, or None
+    (or "none") to leave the parameter alone. The first of these classes with a match decides, and in it the key that
+    comes first:
+
+    1. the exact parameter name; 2. the exact module name; 3. a regex on the parameter name; 4. a regex on the module
+    name; 5. "_default".
+
+    Raises ValueError for a bad regex, two keys for one name, or a wrong value, naming the key.
+    """
+
+    __slots__ = ("_exact", "_patterns", "fqn_to_config")
+
+    fqn_to_config: Mapping[str, GroupedMMConfig | None]
+
+    def __init__(self, fqn_to_config: Mapping[str, GroupedMMConfig | Mapping[str, Any] | str | None]) -> None:
+        configs: dict[str, GroupedMMConfig | None] = {}
+        self._exact: dict[str, str] = {}
+        self._patterns: list[tuple[re.Pattern[str], str]] = []
+        for key, value in fqn_to_config.items():
+            if not isinstance(key, str):
+                raise ValueError(f"fqn_to_config: the key {key!r} is not a string; use a name, 're:...' or '_default'")
+            configs[key] = _config(key, value)
+            if key.startswith(_REGEX):
+                self._patterns.append((_compiled(key), key))
+            elif key != DEFAULT:
+                other = self._exact.setdefault(dotted(key), key)
+                if other != key:
+                    raise ValueError(f"fqn_to_config: {other!r} and {key!r} are the same name; keep one")
+        self.fqn_to_config = MappingProxyType(configs)
+
+    def resolve(self, parameter: Name) -> GroupedMMConfig | Literal[Unmatched.UNMATCHED] | None:
+        """The config of a parameter; None: leave it alone; UNMATCHED: no key says anything about it."""
+        key = self._key_for(dotted(parameter))
+        return UNMATCHED if key is None else self.fqn_to_config[key]
+
+    def _key_for(self, name: str) -> str | None:
+        owner = name.rpartition(".")[0]
+        for exact in (name, owner):
+            if exact in self._exact:
+                return self._exact[exact]
+        for candidate in (name, owner):
+            for pattern, key in self._patterns:
+                if pattern.fullmatch(candidate):
+                    return key
+        return DEFAULT if DEFAULT in self.fqn_to_config else None
+
+    def unused(self, parameters: Iterable[Name]) -> tuple[str, ...]:
+        """The keys that match none of the parameters nor their modules, precedence aside: typing errors, mostly."""
+        names = {dotted(parameter) for parameter in parameters}
+        names |= {name.rpartition(".")[0] for name in names}
+        unused = {key for exact, key in self._exact.items() if exact not in names}
+        unused |= {key for pattern, key in self._patterns if not any(map(pattern.fullmatch, names))}
+        return tuple(key for key in self.fqn_to_config if key in unused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"fqn_to_config": {key: a recipe's name, "none", or a config's ``to_dict()``}}, in order."""
+        return {"fqn_to_config": {key: _plain(config) for key, config in self.fqn_to_config.items()}}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "FqnToConfig":
+        """The mapping of ``to_dict``'s form. Raises ValueError naming what is wrong and what is accepted."""
+        unknown = [name for name in fields if name != "fqn_to_config"]
+        if unknown or not isinstance(fields.get("fqn_to_config"), Mapping):
+            found = ", ".join(fields) or "nothing"
+            raise ValueError(f"found {found}; give one table, fqn_to_config, or a config with a recipe, not both")
+        return cls(fields["fqn_to_config"])
+
+    def to_toml(self) -> str:
+        """The mapping as a file's text: one table, ``[quantize.fqn_to_config]``."""
+        return toml.dumps({"quantize": self.to_dict()})
+
+    @classmethod
+    def from_toml(cls, text: str) -> "FqnToConfig":
+        """The mapping in the ``[quantize]`` table of ``text``. Raises ValueError."""
+        return cls.from_dict(quantize_table(text))
+
+    def _items(self) -> tuple[tuple[str, GroupedMMConfig | None], ...]:
+        return tuple(self.fqn_to_config.items())
+
+    def __eq__(self, other: object) -> bool:
+        return self._items() == other._items() if isinstance(other, FqnToConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._items())
+
+    def __repr__(self) -> str:
+        return f"FqnToConfig({dict(self.fqn_to_config)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FqnToConfig, (dict(self.fqn_to_config),)
+
+
+def save_toml(path: str | os.PathLike[str], config: GroupedMMConfig | FqnToConfig) -> None:
+    """Writes the file that configures both frontends. A failed write (OSError) leaves an existing file as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(config.to_toml(), encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_toml(path: str | os.PathLike[str]) -> GroupedMMConfig | FqnToConfig:
+    """The config, or mapping of configs, in a file's ``[quantize]`` table. Raises OSError, or ValueError naming it."""
+    try:
+        table = quantize_table(Path(path).read_text(encoding="utf-8"))
+        return FqnToConfig.from_dict(table) if "fqn_to_config" in table else GroupedMMConfig.from_dict(table)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _compiled(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(key.removeprefix(_REGEX))
+    except re.error as error:
+        raise ValueError(f"fqn_to_config: {key!r} is not a regular expression: {error}") from error
+
+
+def _config(key: str, value: Any) -> GroupedMMConfig | None:
+    if value is None or value == _NONE:
+        return None
+    if isinstance(value, GroupedMMConfig):
+        return value
+    try:
+        if isinstance(value, str):
+            return GroupedMMConfig.from_recipe(value)
+        if isinstance(value, Mapping):
+            return GroupedMMConfig.from_dict(value)
+    except ValueError as error:
+        hint = "; in TOML, quote names that have dots" if isinstance(value, Mapping) and "recipe" not in value else ""
+        raise ValueError(f"fqn_to_config[{key!r}]: {error}{hint}") from error
+    raise ValueError(f"fqn_to_config[{key!r}]={value!r} is not a config; give a config, a recipe's name, or None")
+
+
+def _plain(config: GroupedMMConfig | None) -> Any:
+    if config is None:
+        return _NONE
+    fields = config.to_dict()
+    return fields["recipe"] if len(fields) == 1 else fields
