@@ -2,7 +2,7 @@
 
     python scripts/setup_env.py --venv .venv --extras flax,train --stamp .venv/.ready-train
 
-Standard library alone, and old syntax at the top, so that an old interpreter gets a message and not a traceback.
+The standard library alone, and no syntax newer than Python 3.6, so that an old one gets a message, not a traceback.
 """
 
 import argparse
@@ -17,19 +17,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def check_python():
     """Stop unless this interpreter can make the environment."""
+    version = "{}.{}".format(*sys.version_info[:2])
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         sys.exit(
-            "xmoe needs Python 3.11, 3.12 or 3.13, and %s is %d.%d: name another with `make PYTHON=python3.12 ...`"
-            % (sys.executable, sys.version_info[0], sys.version_info[1])
+            f"xmoe needs Python 3.11, 3.12 or 3.13, and {sys.executable} is {version}: "
+            "name another with `make PYTHON=python3.12 ...`"
         )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
         sys.exit(
-            "%s cannot make virtual environments (no ensurepip): install it (Debian, Ubuntu: `apt install "
-            "python%d.%d-venv`), name another Python with `make PYTHON=...`, or use the environment that you are in "
-            "with `make VENV= ...`" % (sys.executable, sys.version_info[0], sys.version_info[1])
+            f"{sys.executable} cannot make virtual environments (no ensurepip): install it (Debian, Ubuntu: "
+            f"`apt install python{version}-venv`), name another Python with `make PYTHON=...`, or use the environment "
+            "that you are in with `make VENV= ...`"
         )
 
 
@@ -53,12 +54,12 @@ def reachable(url):
         return False
 
 
-def pip_arguments(extras, gpu):
-    """The arguments of `pip install` for this machine."""
+def pip_options(gpu):
+    """The options of `pip install` that give this machine its build of torch."""
     if gpu:
-        return ["-c", "constraints.txt", "-e", ".[%s]" % ",".join(extras + (["cuda"] if "flax" in extras else []))]
-    index = ["--extra-index-url", CPU_INDEX] if reachable(CPU_INDEX + "/torch/") else []
-    return ["-c", "constraints-cpu.txt", *index, "-e", ".[%s]" % ",".join(extras)]
+        return ["-c", os.path.join(ROOT, "constraints.txt")]
+    index = ["--extra-index-url", CPU_INDEX] if reachable(f"{CPU_INDEX}/torch/") else []
+    return ["-c", os.path.join(ROOT, "constraints-cpu.txt"), *index]
 
 
 def main():
@@ -69,23 +70,20 @@ def main():
     options = parser.parse_args()
     check_python()
 
-    python = os.path.join(options.venv, "bin", "python")
+    python = os.path.abspath(os.path.join(options.venv, "bin", "python"))
     fresh = not os.path.exists(python)
     if fresh:
-        print("Making %s with %s" % (options.venv, sys.executable), flush=True)
+        print(f"Making {options.venv} with {sys.executable}", flush=True)
         if subprocess.call([sys.executable, "-m", "venv", options.venv]):
-            sys.exit("could not make %s: remove it and see the message above" % options.venv)
+            sys.exit(f"could not make {options.venv}: see the message above, remove the folder, try again")
     gpu = has_gpu()
-    print(
-        "Installing xmoe[%s] for %s%s"
-        % (options.extras, "an NVIDIA GPU" if gpu else "the CPU", ": some minutes the first time" if fresh else ""),
-        flush=True,
-    )
-    quiet = [] if fresh else ["--quiet"]
-    command = [os.path.abspath(python), "-m", "pip", "install", "--disable-pip-version-check", *quiet]
-    if subprocess.call(command + pip_arguments(options.extras.split(","), gpu), cwd=ROOT):
-        sys.exit("pip could not install xmoe (see above); running the same make target again resumes")
-    open(options.stamp, "w").close()
+    extras = options.extras + (",cuda" if gpu else "")
+    print(f"Installing xmoe[{extras}]" + (": some minutes the first time" if fresh else ""), flush=True)
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", *([] if fresh else ["--quiet"])]
+    if subprocess.call([*command, *pip_options(gpu), "-e", f"{ROOT}[{extras}]"]):
+        sys.exit("pip could not install xmoe (see above); the same make target starts where it stopped")
+    with open(options.stamp, "w"):
+        pass
 
 
 if __name__ == "__main__":

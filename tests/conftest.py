@@ -40,4 +40,4 @@ def _seeded() -> None:
 def pytest_report_header() -> str:
     """The versions that a failure report needs."""
     versions = [f"torch {torch.__version__}", f"numpy {np.__version__}", f"python {sys.version.split()[0]}"]
-    return ", ".join(versions + [f"gpu: {torch.cuda.get_device_name() if HAS_GPU else 'none'}"])
+    return ", ".join([*versions, f"gpu {torch.cuda.get_device_name() if HAS_GPU else 'none'}"])

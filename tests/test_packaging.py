@@ -1,0 +1,70 @@
+"""pyproject.toml, the constraints and the folders agree. What the wheel itself holds: scripts/wheel_smoke.py."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import xmoe
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+ROOMS = ("xmoe", "kernels", "torch_backend", "jax_frontend")
+
+
+def test_every_package_is_listed() -> None:
+    """setuptools drops an unlisted nested package from the wheel without a word."""
+    folders = {path.parent.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert set(SETUPTOOLS["package-dir"].values()) == folders
+    assert set(SETUPTOOLS["package-dir"]) == set(SETUPTOOLS["packages"])
+
+
+def test_every_data_file_is_listed() -> None:
+    patterns = {SETUPTOOLS["package-dir"][package]: set(globs) for package, globs in SETUPTOOLS["package-data"].items()}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*"):
+            if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
+                folder = path.parent.relative_to(ROOT).as_posix()
+                assert any(path.match(glob) for glob in patterns.get(folder, ())), f"{path} would not be in the wheel"
+
+
+def test_kernels_stays_a_namespace() -> None:
+    """With an __init__.py, a checkout on sys.path would shadow an installed package called kernels."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_one_version() -> None:
+    assert PROJECT["version"] == xmoe.__version__
+
+
+def pins() -> dict[str, str]:
+    lines = [
+        line for name in ("constraints.txt", "constraints-cpu.txt") for line in (ROOT / name).read_text().split("\n")
+    ]
+    return dict(line.split("==") for line in lines if re.match(r"[\w-]+==", line))
+
+
+@pytest.mark.parametrize(("name", "version"), pins().items())
+def test_pins_lie_in_the_declared_ranges(name: str, version: str) -> None:
+    declared = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+    ranges = [r.specifier for r in map(Requirement, declared) if r.name == name]
+    assert ranges or name == "jaxlib", f"{name} is pinned and nothing asks for it"  # jaxlib follows jax
+    assert all(Version(version) in specifier for specifier in ranges)
+
+
+def test_cuda_builds_choose_their_own_triton() -> None:
+    assert "triton" not in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_core_needs_no_jax() -> None:
+    names = {Requirement(requirement).name for requirement in PROJECT["dependencies"]}
+    assert names == {"numpy", "ml_dtypes", "torch", "triton"}
+
+
+def test_extras_that_messages_name() -> None:
+    assert {"jax", "flax", "train", "bench", "test", "dev", "all"} <= set(PROJECT["optional-dependencies"])
