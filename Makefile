@@ -25,7 +25,6 @@ help: ## this list
 
 train: $(TRAIN_READY) ## train a small MoE on real text in PyTorch and in Flax, in bf16 and in fp8, and draw the curves
 	$(PY) -m xmoe train --framework both --recipe bf16,fp8_rowwise --out runs/demo $(ARGS)
-	@echo "The curves are in runs/demo/loss.png"
 
 # The kernels run in Triton's CPU interpreter and JAX stays on the CPU, also on a machine with a GPU.
 test: $(DEV_READY) ## the tests, on the CPU
