@@ -242,7 +242,7 @@ def _exp2(exponent: jax.Array) -> jax.Array:
 
 
 def _scale_byte(amax: jax.Array, fmt: str) -> tuple[jax.Array, jax.Array]:
-    """``(byte, poisoned)`` of the float32 bits of an amax: the scale's exponent + 127, and whether there is a NaN or Inf.
+    """``(byte, poisoned)`` of the float32 bits of an amax: the scale's exponent + 127, and whether it is NaN or Inf.
 
     The exponent is floor(log2 amax) - 8, plus one (not under FLOOR) when amax's mantissa is beyond 448's, 1.75.
     """
@@ -285,7 +285,7 @@ def _cast(bits: jax.Array, byte: jax.Array, poisoned: jax.Array) -> jax.Array:
 
 
 class _Tiles:
-    """The tiles of TOKEN_TILE tokens that cover the groups: no tile holds tokens of two groups, an empty group has none.
+    """The tiles of TOKEN_TILE tokens that cover the groups: none holds tokens of two groups, an empty group has none.
 
     M tokens in G groups need at most T = padded_tokens(M, G) / TOKEN_TILE of them; ``used`` (a scalar) really exist.
     """
@@ -387,7 +387,7 @@ def _dot_last(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
-    """The mesh axes of the enclosing `shard_map` over which any of ``arrays`` varies; empty under ``check_vma=False``."""
+    """The axes of the enclosing `shard_map`'s mesh over which an array of these varies; none if check_vma=False."""
     types = (jax.typeof(x) for x in arrays)
     return functools.reduce(frozenset.union, (t.mat.varying for t in types), frozenset())
 

@@ -1,0 +1,27 @@
+"""xmoe for JAX: `ragged_dot` with a quantized backward, and a Flax MoE layer.
+
+`MoE` needs flax (``pip install "xmoe[flax]"``), the bridge to the kernels needs torch; both load on first use.
+"""
+
+try:
+    import jax as _jax  # noqa: F401
+except ImportError as error:
+    raise ImportError('xmoe.jax_frontend needs jax: pip install "xmoe[jax]"') from error
+
+from typing import TYPE_CHECKING, Any
+
+from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
+# W from xmoe.jax_frontend.weights import from_torch as from_torch, to_torch as to_torch
+
+if TYPE_CHECKING:
+    from xmoe.jax_frontend.moe import MoE as MoE
+
+__all__ = ["MoE", "from_torch", "ragged_dot", "to_torch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MoE":
+        from xmoe.jax_frontend.moe import MoE
+
+        return MoE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

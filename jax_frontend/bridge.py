@@ -1,0 +1,201 @@
+"""The bridge: xmoe's kernels inside `jax.jit`, on XLA's buffers and stream, without a copy.
+
+`jax.experimental.buffer_callback` hands device buffers to Python, DLPack makes torch tensors of them, and
+`xmoe.kernels.pipeline` writes into those that XLA allocated, scratch included. On a GPU XLA records the launches of the
+Triton kernels into a CUDA graph and replays it without Python.
+
+Rules that the callbacks keep: they are cached per static configuration (a fresh closure would compile anew at every
+call); they hold no tensor, write no input, and raise on no data, because an exception on one shard before a collective
+hangs the others. All validation happens at trace time. torch and `xmoe.kernels` are imported here only, on first use.
+
+M tokens, K contraction of the forward, N output features, G groups.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.buffer_callback import buffer_callback
+
+from xmoe.config import GroupedMMConfig
+from xmoe.jax_frontend.emulation import Saved, varying_axes
+from xmoe.jax_frontend.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from xmoe.kernels import pipeline
+    from xmoe.kernels.dispatch import Device, Implementation
+
+
+def forward(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool) -> tuple[jax.Array, Saved]:
+    """out [M, N], and, with ``save``, what `backward` needs of lhs (else ``()``)."""
+    out, *tokens = _run(_forward_call(plan, save), lhs, rhs, offs)
+    if save and not tokens:
+        tokens = [lhs]
+    return out, tuple(tokens)
+
+
+def backward(
+    plan: Plan, dout: jax.Array, saved: Saved | None, rhs: jax.Array | None, offs: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """dlhs where ``rhs`` is given, drhs where ``saved`` is; None in place of the other."""
+    need = rhs is not None, saved is not None
+    grads = iter(_run(_backward_call(plan, *need), dout, *([rhs] if need[0] else []), *(saved or ()), offs))
+    return next(grads) if need[0] else None, next(grads) if need[1] else None
+
+
+def has_kernels(config: GroupedMMConfig, platform: str) -> bool:
+    """Whether the dispatch table has more than an emulation for ``config`` on ``platform``, "cpu" or "gpu".
+
+    Raises `xmoe.kernels.dispatch.UnsupportedError` (a ValueError) if it cannot honour the kernel preference.
+    """
+    return _implementation(config, platform).gemm != "emulated"
+
+
+def torch_from_jax(array: jax.Array) -> "torch.Tensor":
+    """A torch tensor on the memory of ``array``: no copy. Do not write to it: JAX takes its arrays for constants."""
+    torch, _ = _kernels()
+    return torch.from_dlpack(array)
+
+
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+class _Call:
+    """One callback with what XLA has to know of it."""
+
+    def __init__(self, spec: "pipeline.Spec", function: Callable[..., None], implementation: "Implementation") -> None:
+        shapes = {**spec.outputs, **{f"scratch.{name}": tensor for name, tensor in spec.scratch.items()}}
+        self.outputs = len(spec.outputs)
+        self.shapes = [jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(tensor.dtype)) for tensor in shapes.values()]
+        # Emulations wait for the device, and torch's GEMM allocates: neither can be recorded into a CUDA graph.
+        self.recordable = implementation.gemm == "triton"
+
+        def callback(ctx: Any, buffers: Any, *inputs: Any) -> None:
+            with _on_stream(ctx, buffers[0]):
+                tensors = [_tensor(buffer) for buffer in buffers]
+                outputs = dict(zip(spec.outputs, tensors, strict=False))
+                scratch = dict(zip(spec.scratch, tensors[self.outputs :], strict=True))
+                function(outputs, scratch, *(_tensor(buffer) for buffer in inputs))
+
+        self.callback = callback
+
+
+def _run(call: _Call, *inputs: jax.Array) -> list[jax.Array]:
+    """The outputs (without the scratch) of ``call``."""
+    run = buffer_callback(
+        call.callback, call.shapes, vmap_method="sequential", command_buffer_compatible=call.recordable
+    )
+    outputs = run(*inputs)[: call.outputs]
+    axes = tuple(varying_axes(*inputs))  # buffer_callback forgets them
+    return [jax.lax.pcast(x, axes, to="varying") for x in outputs] if axes else outputs
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward_call(plan: Plan, save: bool) -> _Call:
+    _, pipeline = _kernels()
+    problem, config, device = _problem(plan), plan.config, _device(plan.platform)
+    if plan.platform == "gpu":
+        _warm_up(problem, config)
+    spec = pipeline.forward_spec(problem, config, device, save_tokens=save)
+
+    def run(outputs: "pipeline.Tensors", scratch: "pipeline.Tensors", A: Any, B: Any, offs: Any) -> None:
+        pipeline.forward(problem, config, device, A, B.mT if plan.transpose_rhs else B, offs, outputs, scratch)
+
+    return _Call(spec, run, _implementation(config, plan.platform))
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_call(plan: Plan, need_dA: bool, need_dB: bool) -> _Call:
+    _, pipeline = _kernels()
+    problem, config, device = _problem(plan), plan.config, _device(plan.platform)
+    spec = pipeline.backward_spec(problem, config, device, need_dA, need_dB)
+    if need_dB and plan.transpose_rhs:  # XLA's buffer has the layout of rhs; the kernels get its [G, K, N] view
+        outputs = {**spec.outputs, "dB": pipeline.TensorSpec(plan.rhs_shape, plan.rhs_dtype)}
+        spec = pipeline.Spec(outputs, spec.scratch)
+
+    def run(outputs: "dict[str, torch.Tensor]", scratch: "pipeline.Tensors", dout: Any, *rest: Any) -> None:
+        *saved, offs = rest
+        B = saved.pop(0) if need_dA else None
+        if plan.transpose_rhs:
+            B = None if B is None else B.mT
+            outputs |= {"dB": outputs["dB"].mT} if need_dB else {}
+        pipeline.backward(problem, config, device, dout, tuple(saved), B, offs, outputs, scratch)
+
+    return _Call(spec, run, _implementation(config, plan.platform))
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+def _kernels() -> tuple[Any, Any]:
+    """torch and `xmoe.kernels.pipeline`, on first use."""
+    try:
+        import torch
+
+        from xmoe.kernels import pipeline
+    except ImportError as error:
+        raise ImportError(
+            f"the JAX bridge needs torch and xmoe's kernels ({error}): pip install 'xmoe[jax]', "
+            "or call ragged_dot(..., implementation='jax')"
+        ) from error
+    return torch, pipeline
+
+
+def _device(platform: str) -> "Device":
+    """The dispatch table's view of ``platform``; the GPUs of one process are taken to be alike."""
+    _, pipeline = _kernels()
+    return pipeline.device_of("cuda", 0) if platform == "gpu" else pipeline.device_of("cpu")
+
+
+def _implementation(config: GroupedMMConfig, platform: str) -> "Implementation":
+    device = _device(platform)
+    from xmoe.kernels.dispatch import select
+
+    return select(config, device)
+
+
+def _problem(plan: Plan) -> "pipeline.Problem":
+    _, pipeline = _kernels()
+    return pipeline.Problem(plan.M, plan.N, plan.K, plan.G, plan.lhs_dtype, plan.rhs_dtype, plan.out_dtype)
+
+
+def _warm_up(problem: "pipeline.Problem", config: GroupedMMConfig) -> None:
+    """Compiles and loads the kernels now, on every GPU of this process: none may compile while XLA records a graph."""
+    torch, pipeline = _kernels()
+    for device in jax.local_devices(backend="gpu"):
+        pipeline.warm_up(problem, config, torch.device("cuda", device.local_hardware_id))
+
+
+def _tensor(buffer: Any) -> "torch.Tensor":
+    torch, _ = _kernels()
+    return torch.from_dlpack(buffer)
+
+
+@contextlib.contextmanager
+def _on_stream(ctx: Any, buffer: Any) -> Iterator[None]:
+    """torch on the device and stream that XLA runs this callback on."""
+    torch, _ = _kernels()
+    kind, index = buffer.__dlpack_device__()
+    with torch.no_grad():
+        if kind != torch.utils.dlpack.DLDeviceType.kDLCUDA:
+            with _one_thread(torch):
+                yield
+            return
+        with torch.cuda.device(index), torch.cuda.stream(torch.cuda.ExternalStream(ctx.stream, device=index)):
+            yield
+
+
+@contextlib.contextmanager
+def _one_thread(torch: Any) -> Iterator[None]:
+    """torch on the calling thread alone: its pool and XLA's, on the same cores, make milliseconds of microseconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,117 @@
+"""What is static about one `ragged_dot`: its sizes, dtypes, config and implementation, checked once, at trace time."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from xmoe.config import BF16GroupedMMConfig, GroupedMMConfig, KernelPreference, config_from_recipe
+from xmoe.dtypes import dtype_name
+
+Engine = Literal["bridge", "jax"]
+
+DTYPES = ("bfloat16", "float32")
+"""Of lhs, rhs and the output."""
+_MULTIPLE = 16
+"""K and N are multiples of this: rows of 16 bytes, on every device (docs/design.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The static facts of one call: out [M, N] = lhs [M, K] @ rhs [G, K, N] (or [G, N, K] with ``transpose_rhs``)."""
+
+    M: int
+    N: int
+    K: int
+    G: int
+    lhs_dtype: str
+    rhs_dtype: str
+    out_dtype: str
+    transpose_rhs: bool
+    config: GroupedMMConfig
+    engine: Engine
+    platform: str
+    """"cpu", "gpu" or "tpu": what the trace is for."""
+
+    @property
+    def rhs_shape(self) -> tuple[int, int, int]:
+        return (self.G, self.N, self.K) if self.transpose_rhs else (self.G, self.K, self.N)
+
+
+def platform() -> str:
+    """Of the device that a trace is for: "cpu", "gpu" or "tpu"; that is `jax.default_device`, as far as it is set."""
+    device: Any = jax.config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return "gpu" if name in ("cuda", "gpu") else name
+
+
+def as_config(config: Any) -> GroupedMMConfig:
+    """A config as it is, a recipe (enum or name) as its config, None as the bfloat16 baseline."""
+    if config is None:
+        return BF16GroupedMMConfig()
+    return config if isinstance(config, GroupedMMConfig) else config_from_recipe(config)
+
+
+def make_plan(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    preferred_element_type: Any,
+    config: Any,
+    transpose_rhs: bool,
+    implementation: str | None,
+) -> Plan:
+    """Checks a call. Raises ValueError naming the argument, its value and the fix."""
+    config = as_config(config)
+    if lhs.ndim != 2:
+        raise ValueError(f"lhs has shape {lhs.shape}; give [M, K], with leading axes flattened by reshape(-1, K)")
+    if rhs.ndim != 3 or rhs.shape[0] == 0:
+        raise ValueError(f"rhs has shape {rhs.shape}; give [G, K, N], or [G, N, K] with transpose_rhs=True")
+    G, K, N = (rhs.shape[0], rhs.shape[2], rhs.shape[1]) if transpose_rhs else rhs.shape
+    M = lhs.shape[0]
+    if lhs.shape[1] != K:
+        layout = "[G, N, K]" if transpose_rhs else "[G, K, N]"
+        raise ValueError(
+            f"lhs has K={lhs.shape[1]} columns (shape {lhs.shape}) and rhs, as {layout}, K={K} (shape {rhs.shape}); "
+            f"give equal K, or transpose_rhs={not transpose_rhs}"
+        )
+    for name, size in (("K", K), ("N", N)):
+        if size == 0 or size % _MULTIPLE:
+            raise ValueError(
+                f"{name}={size} of rhs (shape {rhs.shape}) is not a positive multiple of {_MULTIPLE}; pad it with zeros"
+            )
+    if group_sizes.shape != (G,):
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}; give ({G},), one size for each group of rhs")
+    if group_sizes.dtype != jnp.int32:
+        raise ValueError(f"group_sizes is {group_sizes.dtype}; give group_sizes.astype(jnp.int32)")
+    lhs_dtype, rhs_dtype = dtype_name(lhs.dtype, "lhs.dtype", DTYPES), dtype_name(rhs.dtype, "rhs.dtype", DTYPES)
+    if preferred_element_type is not None:
+        out_dtype = dtype_name(preferred_element_type, "preferred_element_type", DTYPES)
+    else:
+        out_dtype = dtype_name(config.out_dtype or lhs_dtype, "config.out_dtype", DTYPES)
+    where = platform()
+    engine = _engine(config, implementation, where)
+    return Plan(M, N, K, G, lhs_dtype, rhs_dtype, out_dtype, bool(transpose_rhs), config, engine, where)
+
+
+def _engine(config: GroupedMMConfig, implementation: str | None, where: str) -> Engine:
+    preference = config.kernel_preference
+    if implementation not in (None, "bridge", "jax"):
+        raise ValueError(f"implementation={implementation!r} is not known; use 'bridge', 'jax' or None (by the device)")
+    named = preference in (KernelPreference.TRITON, KernelPreference.TORCH)
+    if named and (where != "gpu" or implementation == "jax"):
+        on_jax = implementation == "jax"
+        reason = "implementation='jax' has none" if on_jax else f"JAX's default device is a {where.upper()}"
+        raise ValueError(
+            f"kernel_preference={preference} asks for GPU kernels, but {reason}; use kernel_preference=auto or emulated"
+        )
+    if implementation == "bridge" and where not in ("cpu", "gpu"):
+        raise ValueError(f"implementation='bridge' runs on GPU and CPU, not on {where}; use implementation='jax'")
+    if implementation is not None:
+        return implementation
+    if where != "gpu" or preference is KernelPreference.EMULATED:
+        return "jax"
+    from xmoe.jax_frontend import bridge
+
+    return "bridge" if bridge.has_kernels(config, where) else "jax"

@@ -1,0 +1,133 @@
+"""`ragged_dot`: the grouped GEMM of an MoE layer in 8 bits, forward and backward, in place of `jax.lax.ragged_dot`.
+
+M tokens, K contraction, N output features, G groups; Mp = ``xmoe.operands.padded_tokens(M, G)``.
+"""
+
+import functools
+import logging
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from xmoe.jax_frontend import bridge, emulation
+from xmoe.jax_frontend.emulation import Saved, varying_axes
+from xmoe.jax_frontend.plan import Plan, make_plan
+
+_log = logging.getLogger(__name__)
+
+
+def ragged_dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    precision: Any = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    group_offset: jax.Array | None = None,
+    out_sharding: Any = None,
+    *,
+    config: Any = None,
+    transpose_rhs: bool = False,
+    implementation: Literal["bridge", "jax"] | None = None,
+) -> jax.Array:
+    """[M, N]: each group's rows of ``lhs`` times its matrix in ``rhs``; quantized by ``config``, differentiable.
+
+    The rows of group g follow those of group g-1; rows past the last group come out as zeros, in the output and in the
+    gradient. Sizes are data: where their sum exceeds M the last groups are cut, and no value reads or writes out of
+    bounds. For the backward stay ``rhs`` and of ``lhs`` its 8-bit wgrad operand (K bytes a token, each group padded to
+    128 tokens, and the scales), or ``lhs`` itself where ``config`` computes the weight gradient in bf16.
+
+    Args:
+        lhs: [M, K], bfloat16 or float32. K and N are multiples of 16.
+        rhs: [G, K, N], bfloat16 or float32.
+        group_sizes: int32 [G]; its cotangent is None.
+        precision: None or DEFAULT, as in `jax.lax.ragged_dot`; ``config`` decides about precision.
+        preferred_element_type: bfloat16 or float32; None: ``config.out_dtype``, or else the dtype of ``lhs``.
+        group_offset, out_sharding: only None; here for the signature of `jax.lax.ragged_dot`.
+        config: a `GroupedMMConfig`, a recipe (enum or name, see `xmoe.RECIPES`), or None for the bfloat16 baseline.
+        transpose_rhs: ``rhs`` is [G, N, K], as PyTorch stores linear weights; nothing is copied.
+        implementation: "bridge" (xmoe's kernels through torch), "jax" (plain JAX on any backend), or None: the
+            bridge on a GPU, unless ``config.kernel_preference`` is EMULATED, and plain JAX elsewhere.
+
+    Raises:
+        ValueError: at trace time, naming the argument, its value and the fix.
+        ImportError: the bridge is asked for and torch is not installed.
+    """
+    if precision not in (None, jax.lax.Precision.DEFAULT, "default"):
+        raise ValueError(f"precision={precision!r} is not supported; use None, and config.accumulation='precise'")
+    if group_offset is not None:
+        raise ValueError("group_offset is not supported; use None, and give this shard's own rows, sizes and weights")
+    if out_sharding is not None:
+        raise ValueError("out_sharding is not supported; use None, and call ragged_dot inside jax.shard_map")
+    plan = make_plan(lhs, rhs, group_sizes, preferred_element_type, config, transpose_rhs, implementation)
+    if plan.config.debug:
+        jax.debug.callback(functools.partial(_report_bad_sizes, plan.M), group_sizes)
+    offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    return _ragged_dot(plan, *_vary_together(lhs, rhs, offs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ragged_dot(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array) -> jax.Array:
+    return _forward(plan, lhs, rhs, offs, save=False)[0]
+
+
+def _ragged_dot_fwd(plan: Plan, lhs: Any, rhs: Any, offs: Any) -> tuple[jax.Array, Any]:
+    """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
+    out, saved = _forward(plan, lhs.value, rhs.value, offs.value, save=rhs.perturbed)
+    return out, (saved if rhs.perturbed else None, rhs.value if lhs.perturbed else None, offs.value)
+
+
+def _ragged_dot_bwd(plan: Plan, residuals: Any, dout: Any) -> tuple[jax.Array | None, jax.Array | None, None]:
+    saved, rhs, offs = residuals
+    if isinstance(dout, SymbolicZero) or (saved is None and rhs is None):
+        return None, None, None
+    return *_backward(plan, dout, saved, rhs, offs), None
+
+
+_ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the engines
+
+
+def _forward(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool) -> tuple[jax.Array, Saved]:
+    if plan.engine == "bridge":
+        return bridge.forward(plan, lhs, rhs, offs, save=save)
+    return emulation.forward(lhs, _as_gkn(plan, rhs), offs, plan.config, plan.out_dtype, save_tokens=save)
+
+
+def _backward(
+    plan: Plan, dout: jax.Array, saved: Saved | None, rhs: jax.Array | None, offs: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """dlhs where ``rhs`` is given, drhs where ``saved`` is."""
+    if plan.engine == "bridge":
+        return bridge.backward(plan, dout, saved, rhs, offs)
+    dlhs = drhs = None
+    if rhs is not None:
+        dlhs = emulation.dgrad(dout, _as_gkn(plan, rhs), offs, plan.config, plan.lhs_dtype)
+    if saved is not None:
+        drhs = _as_gkn(plan, emulation.wgrad(saved, dout, offs, plan.config, plan.rhs_dtype))
+    return dlhs, drhs
+
+
+def _as_gkn(plan: Plan, rhs: jax.Array) -> jax.Array:
+    """[G, K, N] from the caller's layout, and back: a transposition is its own inverse."""
+    return rhs.swapaxes(1, 2) if plan.transpose_rhs else rhs
+
+
+def _vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside `shard_map` with ``check_vma``: all of them vary over the axes that any of them varies over.
+
+    The transpose of that cast is the sum over those axes which the gradient of a replicated operand needs.
+    """
+    axes = varying_axes(*arrays)
+    missing = (tuple(axes - varying_axes(x)) for x in arrays)
+    return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
+
+
+def _report_bad_sizes(M: int, group_sizes: Any) -> None:
+    """``config.debug``: says so, and does not raise, because an exception on one shard hangs the others."""
+    total = int(group_sizes.astype("int64").sum())
+    if (group_sizes < 0).any() or total > M:
+        _log.error("group_sizes=%s, their sum is %d: give sizes >= 0 that sum to at most M=%d", group_sizes, total, M)
