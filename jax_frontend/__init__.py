@@ -11,7 +11,8 @@ except ImportError as error:
 from typing import TYPE_CHECKING, Any
 
 from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
-# W from xmoe.jax_frontend.weights import from_torch as from_torch, to_torch as to_torch
+from xmoe.jax_frontend.weights import from_torch as from_torch
+from xmoe.jax_frontend.weights import to_torch as to_torch
 
 if TYPE_CHECKING:
     from xmoe.jax_frontend.moe import MoE as MoE

@@ -1,0 +1,170 @@
+"""A dropless token-choice mixture-of-experts layer for Flax NNX; parameters and math are those of the PyTorch one.
+
+T = tokens, D = model width, H = width of an expert, E = experts, k = experts of each token.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError('xmoe.jax_frontend.MoE needs flax: pip install "xmoe[flax]"') from error
+
+from xmoe.config import GroupedMMConfig
+from xmoe.fqn import UNMATCHED, FqnToConfig
+from xmoe.jax_frontend.plan import as_config
+from xmoe.jax_frontend.ragged_dot import ragged_dot
+
+_linear_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
+_expert_init = nnx.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2, batch_axis=0
+)
+"""LeCun's normal initialisation, Flax's default, of weights whose last axis is the input's."""
+
+
+class Linear(nnx.Module):
+    """``weight`` [out, in], as PyTorch stores it; no bias."""
+
+    def __init__(self, in_features: int, out_features: int, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(_linear_init(rngs.params(), (out_features, in_features), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] @ weight^T, in the dtype of x."""
+        return x @ self.weight[...].astype(x.dtype).T
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.w1 = Linear(dim, hidden_dim, param_dtype=param_dtype, rngs=rngs)
+        self.w2 = Linear(hidden_dim, dim, param_dtype=param_dtype, rngs=rngs)
+        self.w3 = Linear(dim, hidden_dim, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.w2(_swiglu(self.w1(x), self.w3(x)))
+
+
+class Experts(nnx.Module):
+    """E SwiGLU experts on tokens sorted by expert: ``w1``, ``w3`` [E, H, D] and ``w2`` [E, D, H]."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        configs: dict[str, GroupedMMConfig | None],
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.w1 = nnx.Param(_expert_init(rngs.params(), (num_experts, hidden_dim, dim), param_dtype))
+        self.w2 = nnx.Param(_expert_init(rngs.params(), (num_experts, dim, hidden_dim), param_dtype))
+        self.w3 = nnx.Param(_expert_init(rngs.params(), (num_experts, hidden_dim, dim), param_dtype))
+        self.configs = nnx.static(configs)
+
+    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """x [M, D] -> [M, D]; ``group_sizes`` int32 [E] tokens of each expert."""
+        hidden = _swiglu(self._dot(x, "w1", group_sizes), self._dot(x, "w3", group_sizes))
+        return self._dot(hidden, "w2", group_sizes)
+
+    def _dot(self, x: jax.Array, name: str, group_sizes: jax.Array) -> jax.Array:
+        weight, config = getattr(self, name)[...].astype(x.dtype), self.configs[name]
+        if config is None and x.dtype != jnp.bfloat16:  # left alone: the kernels would round to bfloat16
+            highest = jax.lax.Precision.HIGHEST
+            return jax.lax.ragged_dot(x, weight.swapaxes(1, 2), group_sizes, precision=highest)
+        return ragged_dot(x, weight, group_sizes, config=config, transpose_rhs=True)
+
+
+class MoE(nnx.Module):
+    """Routes each token to its ``top_k`` best of ``num_experts`` SwiGLU experts; no token is dropped.
+
+    Parameters, named and shaped as in the PyTorch layer: ``router.weight`` [E, D], ``experts.w1`` and ``experts.w3``
+    [E, H, D], ``experts.w2`` [E, D, H], and with ``shared_hidden_dim`` those of the expert that sees every token,
+    ``shared.w1.weight`` and so on. Where two experts score the same, this layer takes the one with the lower index
+    (`jax.lax.top_k`); PyTorch promises no order.
+
+    Args:
+        dim, hidden_dim: D and H, multiples of 16.
+        num_experts, top_k: E and k.
+        shared_hidden_dim: the width of the shared expert; None: there is none.
+        normalize_scores: the scores of a token's k experts sum to 1.
+        config: of the experts' GEMMs: a `GroupedMMConfig`, a recipe (enum or name), a `FqnToConfig`, or None to leave
+            them in ``dtype``.
+        path: this layer's name in its model, which the keys of a `FqnToConfig` begin with ("layers.0.moe").
+        dtype: the experts compute in it: bfloat16 or float32.
+        param_dtype: the parameters are stored in it.
+
+    Raises:
+        ValueError: an argument is out of range; it is named with its value and the fix.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        shared_hidden_dim: int | None = None,
+        normalize_scores: bool = True,
+        config: Any = None,
+        path: str = "",
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} is out of range; give 1 to num_experts={num_experts}")
+        for name, size in (("dim", dim), ("hidden_dim", hidden_dim)):
+            if size <= 0 or size % 16:
+                raise ValueError(f"{name}={size} is not a positive multiple of 16; round it up")
+        self.num_experts, self.top_k, self.normalize_scores = num_experts, top_k, normalize_scores
+        self.dtype = jnp.dtype(dtype)
+        self.router = Linear(dim, num_experts, param_dtype=param_dtype, rngs=rngs)
+        configs = {name: _resolve(config, f"{path}.experts.{name}") for name in ("w1", "w2", "w3")}
+        self.experts = Experts(dim, hidden_dim, num_experts, configs=configs, param_dtype=param_dtype, rngs=rngs)
+        if shared_hidden_dim is None:
+            self.shared = None
+        else:
+            self.shared = FeedForward(dim, shared_hidden_dim, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(y, load_balance_loss)`` of x [..., D]: y like x, and a float32 scalar (Switch Transformer, equation 4)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        T, k = tokens.shape[0], self.top_k
+        router = self.router.weight[...].astype(jnp.float32)
+        logits = jnp.matmul(tokens.astype(jnp.float32), router.T, precision=jax.lax.Precision.HIGHEST)
+        probabilities = jax.nn.softmax(logits, axis=-1)  # [T, E]
+        scores, chosen = jax.lax.top_k(probabilities, k)  # [T, k]
+        if self.normalize_scores:
+            scores = scores / scores.sum(axis=-1, keepdims=True)
+
+        chosen = chosen.reshape(-1)  # [T * k]
+        order = jnp.argsort(chosen, stable=True)
+        group_sizes = jnp.bincount(chosen, length=self.num_experts).astype(jnp.int32)
+        routed = self.experts(tokens.astype(self.dtype)[order // k], group_sizes)
+        routed = jnp.zeros_like(routed).at[order].set(routed, unique_indices=True).reshape(T, k, -1)
+        y = (routed.astype(jnp.float32) * scores[..., None]).sum(axis=1).astype(x.dtype)
+        if self.shared is not None:
+            y = y + self.shared(tokens.astype(self.dtype)).astype(x.dtype)
+
+        fraction = group_sizes.astype(jnp.float32) / max(1, T * k)
+        mean = probabilities.sum(axis=0) / max(1, T)
+        return y.reshape(x.shape), self.num_experts * (fraction * mean).sum()
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up in their dtype; silu in float32, rounded once, as PyTorch does it."""
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+
+
+def _resolve(config: Any, parameter: str) -> GroupedMMConfig | None:
+    """The config of one parameter; None leaves it alone."""
+    if isinstance(config, FqnToConfig):
+        found = config.resolve(parameter.removeprefix("."))
+        return None if found is UNMATCHED else found
+    return None if config is None else as_config(config)
