@@ -7,12 +7,18 @@ from xmoe.torch_backend.grouped_mm import (
     to_fp8_rowwise_then_scaled_grouped_mm,
     to_mxfp8_then_scaled_grouped_mm,
 )
+from xmoe.torch_backend.moe import MoE
+from xmoe.torch_backend.quantize import quantize_
+from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
 from xmoe.torch_backend.utils import generate_jagged_offs
 
 __all__ = [
+    "MoE",
+    "ScaledGroupedMMTensor",
     "_to_fp8_rowwise_then_scaled_grouped_mm",
     "_to_mxfp8_then_scaled_grouped_mm",
     "generate_jagged_offs",
+    "quantize_",
     "scaled_grouped_mm",
     "to_fp8_rowwise_then_scaled_grouped_mm",
     "to_mxfp8_then_scaled_grouped_mm",

@@ -2,8 +2,8 @@
 
 M = tokens, K = contraction, N = output features, G = groups, Mp = padded tokens (``xmoe.operands``).
 
-The ops allocate by the specs of ``xmoe.kernels.pipeline`` and call it. All that follows from a call's signature (shapes,
-dtypes, devices, config) is checked and worked out once and cached in a plan.
+The ops allocate by the specs of ``xmoe.kernels.pipeline`` and call it. All that follows from a call's signature
+(shapes, dtypes, devices, config) is checked and worked out once and cached in a plan.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ def check_signature(
     G, K, N = B_shape
     if A_shape[1] != K:
         raise ValueError(
-            f"A has K={A_shape[1]} columns and B_t {tuple(B_shape)} has K={K}; give B_t as [G, K, N], which for weights "
-            "stored [G, N, K] is weight.transpose(-2, -1)"
+            f"A has K={A_shape[1]} columns and B_t {tuple(B_shape)} has K={K}; give B_t as [G, K, N], which for "
+            "weights stored [G, N, K] is weight.transpose(-2, -1)"
         )
     if G < 1:
         raise ValueError(f"B_t has shape {tuple(B_shape)}; give at least one group")
@@ -80,7 +80,7 @@ def check_signature(
 
 
 def check_offsets(offs: Tensor, M: int) -> None:
-    """Raises ValueError unless ``offs`` [G] is non-decreasing within [0, M]. Waits for the device (``config.debug``)."""
+    """Raises ValueError unless ``offs`` [G] is non-decreasing within [0, M]. Waits for the device."""
     ends = offs.tolist()
     for g, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if not 0 <= end <= M:
