@@ -333,7 +333,7 @@ def _for_each_row_tile(
         acc = jnp.where(tiles.valid_rows(t)[:, None], acc, 0).astype(out_dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, acc, tiles.first[t], 0)
 
-    out = _zeros_varying_like((M + TOKEN_TILE - 1, weights.shape[1]), out_dtype, a, weights, offs)
+    out = _zeros_varying_like((M + TOKEN_TILE, weights.shape[1]), out_dtype, a, weights, offs)
     return jax.lax.fori_loop(0, tiles.used, step, out)[:M]
 
 
@@ -350,10 +350,10 @@ def _sum_over_token_tiles(
 
 
 def _pad_rows(x: jax.Array) -> jax.Array:
-    """x with rows enough for a tile that begins at its last one."""
+    """x and a tile of zero rows: enough for a tile that begins at any row."""
     as_bytes = x.dtype.itemsize == 1  # XLA's CPU backend has no pad of 8-bit floats
     padded = jax.lax.bitcast_convert_type(x, jnp.uint8) if as_bytes else x
-    padded = jnp.pad(padded, [(0, TOKEN_TILE - 1)] + [(0, 0)] * (x.ndim - 1))
+    padded = jnp.pad(padded, [(0, TOKEN_TILE)] + [(0, 0)] * (x.ndim - 1))
     return jax.lax.bitcast_convert_type(padded, x.dtype) if as_bytes else padded
 
 
