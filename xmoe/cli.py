@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,6 @@ def _train_config(options: argparse.Namespace) -> Any:
     """The run that the options ask for: preset, then --config (or the resumed run's), then the options themselves."""
     from xmoe.train import run
     from xmoe.train.config import FRAMEWORKS, PRESETS, TrainConfig, load_fields
-    from xmoe.train.files import UserError
 
     given = {field: value for _, field, _, _ in _FIELDS if (value := getattr(options, field)) is not None}
     if options.framework:
@@ -118,23 +116,19 @@ def _train_config(options: argparse.Namespace) -> Any:
         given["data"] = [str(Path(file).absolute()) for file in options.data]
 
     stored = options.out / run.CONFIG_FILE
-    if options.resume and options.config is None and stored.exists():
-        config = TrainConfig.from_dict(load_fields(stored) | given)
-        run.check_extras(config)
-        run.check_recipes(config, run.find_devices(config.frameworks, config.device))
-        return config
-
-    fields = (load_fields(options.config) if options.config else {}) | given
+    source = options.config or (stored if options.resume and stored.exists() else None)
+    fields = (load_fields(source) if source else {}) | given
     config = TrainConfig.from_dict(fields)
     run.check_extras(config)
     devices = run.find_devices(config.frameworks, config.device)
     run.check_recipes(config, devices)
-    if options.preset != "auto":
-        preset = options.preset
-    else:
+    preset = options.preset
+    if preset == "auto":
         preset = "base" if all(kind == "cuda" for kind, _ in devices.values()) else "small"
     return TrainConfig.from_dict(PRESETS[preset] | fields)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    return import_module("xmoe.kernels.doctor").run(json=options.json)
+    from xmoe.kernels import doctor
+
+    return doctor.run(json=options.json)

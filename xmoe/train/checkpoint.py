@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from xmoe.config import RECIPES
+from xmoe.train.config import FRAMEWORKS
 from xmoe.train.files import UserError, append_line, write_atomically, writing
 
 State = dict[str, np.ndarray]
@@ -50,6 +52,10 @@ class RunFolder:
         with writing(self.path):
             for path in (self.result, self.checkpoint, self.metrics):
                 path.unlink(missing_ok=True)
+
+    def create(self) -> None:
+        """Make the folder itself."""
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def save(self, state: State, step: int, corpus_digest: str) -> None:
@@ -99,6 +105,11 @@ class RunFolder:
     def read_result(self) -> Result | None:
         """The result of a finished run."""
         return Result(**json.loads(self.result.read_text())) if self.result.exists() else None
+
+
+def all_folders(out: Path) -> list[RunFolder]:
+    """The folders of every run that ``out`` may hold, in the order of frameworks and recipes."""
+    return [RunFolder(out, framework, recipe) for framework in FRAMEWORKS for recipe in RECIPES]
 
 
 def json_lines(records: Iterable[dict[str, Any]]) -> bytes:

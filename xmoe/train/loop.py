@@ -58,6 +58,7 @@ def train(config: TrainConfig, learner: Learner, corpus: Corpus, folder: RunFold
     can't be written, Interrupted after Ctrl-C.
     """
     start = 0
+    folder.create()
     if folder.checkpoint.exists():
         state, start = folder.load(corpus.digest)
         learner.load_state(state, start)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xmoe.config import RECIPES
-from xmoe.train.checkpoint import Result, RunFolder, json_lines
-from xmoe.train.config import FRAMEWORKS
+from xmoe.train.checkpoint import Result, all_folders, json_lines
 from xmoe.train.files import write_atomically
 
 BASELINE = "bf16"
@@ -18,8 +17,7 @@ _COLORS = ("#4C566A", "#D08770", "#5E81AC", "#A3BE8C", "#B48EAD", "#BF616A", "#8
 
 def write_report(out: Path) -> list[Result]:
     """Write OUT/metrics.jsonl and OUT/loss.png over all finished runs in ``out``, and return their results."""
-    folders = [RunFolder(out, framework, recipe) for framework in FRAMEWORKS for recipe in RECIPES]
-    runs = [(folder, result) for folder in folders if (result := folder.read_result())]
+    runs = [(folder, result) for folder in all_folders(out) if (result := folder.read_result())]
     metrics = [folder.read_metrics() for folder, _ in runs]
     write_atomically(out / "metrics.jsonl", json_lines(line for lines in metrics for line in lines))
     results = [result for _, result in runs]

@@ -4,17 +4,18 @@ import json
 import signal
 import subprocess
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from xmoe.train.checkpoint import Result, RunFolder
+from xmoe.train.checkpoint import Result, RunFolder, all_folders
 from xmoe.train.config import TrainConfig
 from xmoe.train.data import load_corpus
 from xmoe.train.files import UserError, require, write_atomically, writing
 from xmoe.train.report import write_report
 
 CONFIG_FILE = "config.toml"
+Devices = dict[str, tuple[str, tuple[int, int] | None]]
+"""Framework → "cpu" or "cuda" and the compute capability."""
 
 
 class WorkerFailed(Exception):
@@ -32,7 +33,7 @@ def check_extras(config: TrainConfig) -> None:
         require("flax", "jax", "flax", "optax")
 
 
-def find_devices(frameworks: tuple[str, ...], device: str) -> dict[str, tuple[str, tuple[int, int] | None]]:
+def find_devices(frameworks: tuple[str, ...], device: str) -> Devices:
     """What each framework would run on: "cpu" or "cuda", with the compute capability. Raises UserError.
 
     Each is asked in a process of its own, so that this one never opens the GPU.
@@ -51,17 +52,15 @@ def find_devices(frameworks: tuple[str, ...], device: str) -> dict[str, tuple[st
     return found
 
 
-def check_recipes(config: TrainConfig, devices: dict[str, tuple[str, tuple[int, int] | None]]) -> None:
+def check_recipes(config: TrainConfig, devices: Devices) -> None:
     """Raise UserError when a recipe can't run on its device under the kernel preference asked for."""
-    dispatch = import_module("xmoe.kernels.dispatch")
+    from xmoe.kernels.dispatch import Device, UnsupportedError, select
+
     for kind, capability in devices.values():
         for recipe in config.recipes:
             try:
-                dispatch.select(
-                    config.quantization(recipe),
-                    dispatch.Device(kind, capability, find_spec("triton") is not None),
-                )
-            except dispatch.UnsupportedError as error:
+                select(config.quantization(recipe), Device(kind, capability, find_spec("triton") is not None))
+            except UnsupportedError as error:
                 raise UserError(str(error)) from error
 
 
@@ -73,31 +72,31 @@ def run(config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool
     """
     load_corpus(config.data, config.seq_len)  # a bad file should stop this process, before any other starts
     folders = [RunFolder(out, framework, recipe) for framework in config.frameworks for recipe in config.recipes]
-    _check_out(config, out, folders, resume=resume, overwrite=overwrite)
+    keeps_others = _check_out(config, out, folders, resume=resume, overwrite=overwrite)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for folder in folders if keeps_others else all_folders(out):
+            folder.clear()
     write_atomically(out / CONFIG_FILE, config.to_toml().encode())
     for folder in folders:
-        if not resume:
-            folder.clear()
-        elif folder.result.exists():
-            continue
-        _worker("train", folder.framework, folder.recipe, str(out))
+        if not folder.result.exists():
+            _worker("train", folder.framework, folder.recipe, str(out))
     return write_report(out)
 
 
-def _check_out(config: TrainConfig, out: Path, folders: list[RunFolder], *, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix runs of different settings in one folder, or to resume what is not there."""
+def _check_out(config: TrainConfig, out: Path, folders: list[RunFolder], *, resume: bool, overwrite: bool) -> bool:
+    """Whether ``out`` holds runs with the same settings. Raises UserError for others, or nothing to resume."""
+    stored = out / CONFIG_FILE
     started = any(folder.checkpoint.exists() or folder.result.exists() for folder in folders)
-    if resume and not (started and (out / CONFIG_FILE).exists()):
+    if resume and not (started and stored.exists()):
         raise UserError(f"--resume: {out} holds no checkpoint of these runs; leave --resume out to start them")
-    if not (out / CONFIG_FILE).exists() or (overwrite and not resume):
-        for folder in out.glob("*-*/result.json"):
-            folder.unlink()  # of other settings: not to be compared with
-        return
-    if changed := TrainConfig.load(out / CONFIG_FILE).differences(config):
+    if not stored.exists() or (overwrite and not resume):
+        return False
+    if changed := TrainConfig.load(stored).differences(config):
         advice = "use the same settings" if resume else "choose another --out, or add --overwrite"
         raise UserError(f"{out} holds runs with other settings ({'; '.join(changed)}); {advice}")
+    return True
 
 
 def _worker(*arguments: str, stdout: int | None = None) -> str:

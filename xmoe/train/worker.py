@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the slow imports: until a run has something
 
 import json
 import sys
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -22,12 +21,14 @@ from xmoe.train.files import UserError
 from xmoe.train.loop import Interrupted, train
 from xmoe.train.model import initial_weights
 
-_LEARNERS = {"torch": "xmoe.torch_backend.learner", "flax": "xmoe.jax_frontend.learner"}
-
 
 def learner_module(framework: str) -> ModuleType:
     """The framework's learner: ``probe()`` and ``make_learner(config, recipe, weights)``, imported on first use."""
-    return import_module(_LEARNERS[framework])
+    if framework == "flax":
+        from xmoe.jax_frontend import learner
+    else:
+        from xmoe.torch_backend import learner
+    return learner
 
 
 def run_one(config: TrainConfig, framework: str, recipe: str, out: Path) -> None:

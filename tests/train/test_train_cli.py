@@ -1,0 +1,188 @@
+"""The command line: every wrong input ends in one line that says what to do, and a status that is not zero."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xmoe import cli
+from xmoe.train import run
+from xmoe.train.config import TrainConfig
+
+TINY = (
+    "--steps=4 --batch-size=2 --seq-len=32 --device=cpu --checkpoint-every=2 --compute-dtype=float32".split()
+)  # fmt: skip
+SETTINGS = "[train]\nlayers = 1\ndim = 32\nheads = 2\nnum_experts = 4\nhidden_dim = 32\neval_batches = 2\n"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    path = tmp_path / "settings.toml"
+    path.write_text(SETTINGS)
+    return path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a failing command prints."""
+    status = cli.main(["train", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert status == 1
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("xmoe: error: ")
+    return captured.err
+
+
+def test_bad_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out", "--device", "cpu")
+    missing = tmp_path / "missing.txt"
+    assert f"{missing}: No such file or directory; give readable" in error_of(capsys, *out, "--data", missing)
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert f"{empty}: the file is empty" in error_of(capsys, *out, "--data", empty)
+    empty.write_text("not much")
+    assert "holds 8 bytes, too short for --seq-len 128" in error_of(capsys, *out, "--data", empty)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "bf16,fp4"], "recipes: 'fp4' is not known; use bf16, fp8_rowwise, "),
+        (["--framework", "tensorflow"], "frameworks: 'tensorflow' is not known; use torch, flax"),
+        (["--kernel-preference", "cuda"], "kernel_preference: 'cuda' is not known; use auto, triton, torch, emulated"),
+        (["--compute-dtype", "fp8"], "compute_dtype: 'fp8' is not known; use bfloat16, float32"),
+        (["--seq-len", "100"], "seq_len=100 is not a multiple of 32"),
+        (["--steps", "0"], "steps=0 must be above 0"),
+        (["--kernel-preference", "triton"], "kernel_preference=triton cannot run bf16 on cpu"),
+        (["--kernel-preference", "triton", "--recipe", "mxfp8_rceil"], "triton cannot run mxfp8_rceil on cpu"),
+        (["--resume"], "holds no checkpoint of these runs; leave --resume out"),
+        (["--config", "no.toml"], "no.toml: No such file or directory; give a readable TOML file"),
+    ],
+)
+def test_bad_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:  # fmt: skip
+    assert message in error_of(capsys, "--device", "cpu", "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_key_in_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, settings: Path) -> None:
+    settings.write_text(SETTINGS + "expert_count = 8\n")
+    message = error_of(capsys, "--config", settings, "--out", tmp_path / "out", "--device", "cpu")
+    assert f"{settings}: unknown key expert_count; the keys are frameworks, recipes, " in message
+
+
+def test_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+    message = error_of(capsys, *TINY, "--data", text_file, "--out", text_file / "inside")
+    assert f"cannot write {text_file / 'inside'}: Not a directory; choose another --out" in message
+
+
+def test_missing_package(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, extra, arguments in (("flax", "flax", ["--framework", "flax"]), ("rich", "train", [])):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, gone=module: None if name == gone else object())
+        message = error_of(capsys, "--device", "cpu", *arguments)
+        assert f'{module} not installed; run: pip install "xmoe[{extra}]"' in message
+
+
+def test_options_go_before_the_file_and_the_file_before_the_preset(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: Path
+) -> None:
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(run, "run", lambda config, *_, **__: configs.append(config) or sys.exit(0))
+    settings.write_text(SETTINGS + "steps = 11\nseed = 5\n")
+    arguments = f"--config {settings} --preset base --steps 12 --recipe bf16 --framework both --device cpu".split()
+    with pytest.raises(SystemExit):
+        cli.main(["train", *arguments])
+    (config,) = configs
+    assert (config.steps, config.seed, config.dim, config.batch_size) == (12, 5, 32, 32)
+    assert (config.frameworks, config.recipes) == (("torch", "flax"), ("bf16",))
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(arguments)
+    text = capsys.readouterr().out
+    for option in ("train", "doctor", "--framework", "--recipe", "--data", "--out", "--resume", "--seed", "--device"):
+        assert option in text
+
+
+def xmoe(*arguments: object, **kwargs: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "xmoe", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **(pipes | kwargs))  # type: ignore[call-overload]
+
+
+def test_the_whole_command(tmp_path: Path, text_file: Path, settings: Path) -> None:
+    """Both runs in their own processes; then a resume that has nothing left to do; then other settings."""
+    out = tmp_path / "out"
+    arguments = ["train", *TINY, "--config", settings, "--data", text_file, "--out", out, "--recipe", "bf16,fp8_rowwise"]
+    process = xmoe(*arguments)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (0, "")
+    assert stdout.endswith(f"curves: {out / 'loss.png'}\n")
+    assert "held-out loss" in stdout
+    assert {path.name for path in out.iterdir()} == {
+        "config.toml", "metrics.jsonl", "loss.png", "torch-bf16", "torch-fp8_rowwise",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["recipe"], line["step"]) for line in lines if "loss" in line] == [
+        (recipe, step) for recipe in ("bf16", "fp8_rowwise") for step in range(1, 5)
+    ]
+    assert TrainConfig.load(out / "config.toml").recipes == ("bf16", "fp8_rowwise")
+
+    before = (out / "torch-bf16" / "result.json").stat().st_mtime_ns
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert (out / "torch-bf16" / "result.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_do_not_mix(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+    out = tmp_path / "out"
+    (out / "torch-bf16").mkdir(parents=True)
+    (out / "torch-bf16" / "result.json").touch()
+    config = TrainConfig(data=(str(text_file),), device="cpu", recipes=("bf16",))
+    (out / "config.toml").write_text(config.to_toml())
+    common = ("--out", out, "--data", text_file, "--device", "cpu", "--recipe", "bf16", "--seed", 1)
+    message = error_of(capsys, *common)
+    assert "holds runs with other settings (seed 0, now 1); choose another --out, or add --overwrite" in message
+    message = error_of(capsys, *common, "--resume")
+    assert "holds runs with other settings (seed 0, now 1); use the same settings" in message
+
+
+def test_ctrl_c_ends_quietly_and_can_be_resumed(tmp_path: Path, text_file: Path, settings: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [*TINY, "--steps=100000", "--config", settings, "--data", text_file, "--out", out, "--recipe", "bf16"]
+    process = xmoe("train", *arguments)
+    metrics = out / "torch-bf16" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped after step" in stderr
+    assert "Traceback" not in stderr
+    assert (out / "torch-bf16" / "checkpoint.safetensors").exists()
+
+
+def test_full_disk_in_a_worker(tmp_path: Path, text_file: Path, settings: Path) -> None:
+    """A real limit on the size of files stands in for the full disk: the write of the checkpoint fails midway."""
+    out = tmp_path / "out"
+    arguments = [*TINY, "--config", settings, "--data", text_file, "--out", out, "--recipe", "bf16"]
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    main = "from xmoe.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", limit + main, "train", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    checkpoint = out / "torch-bf16" / "checkpoint.safetensors"
+    assert result.stderr == (
+        f"xmoe: error: cannot write {checkpoint}: File too large; free some space, or choose another --out\n"
+    )
+    assert {path.name for path in (out / "torch-bf16").iterdir()} == {"metrics.jsonl"}
