@@ -1,8 +1,11 @@
 """pyproject.toml, the constraints and the folders agree. What the wheel itself holds: scripts/wheel_smoke.py."""
 
+import importlib
 import re
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -68,3 +71,53 @@ def test_the_core_needs_no_jax() -> None:
 
 def test_extras_that_messages_name() -> None:
     assert {"jax", "flax", "train", "bench", "test", "dev", "all"} <= set(PROJECT["optional-dependencies"])
+
+
+@pytest.fixture
+def setup_env(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """scripts/setup_env.py, with an index for the CPU builds that answers."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("setup_env")
+    monkeypatch.setattr(module, "reachable", lambda url: True)
+    return module
+
+
+def test_cpu_machines_get_the_cpu_build(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    constraints = ["-c", str(ROOT / "constraints-cpu.txt")]
+    assert setup_env.pip_options(gpu=False) == [*constraints, "--extra-index-url", setup_env.CPU_INDEX]
+    monkeypatch.setattr(setup_env, "reachable", lambda url: False)
+    assert setup_env.pip_options(gpu=False) == constraints
+
+
+def test_gpu_machines_get_the_cuda_build(setup_env: ModuleType) -> None:
+    assert setup_env.pip_options(gpu=True) == ["-c", str(ROOT / "constraints.txt")]
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [("echo 'GPU 0: NVIDIA H200'", True), ("echo 'No devices were found'", False), ("exit 9", False), (None, False)],
+)
+def test_has_gpu(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None, found: bool
+) -> None:
+    if script:
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\n{script}\n")
+        smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_env.has_gpu() == found
+
+
+@pytest.mark.parametrize("version", [(3, 10, 1), (3, 14, 0)])
+def test_wrong_python_is_named(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int]
+) -> None:
+    monkeypatch.setattr(setup_env.sys, "version_info", version)
+    with pytest.raises(SystemExit, match=rf"is {version[0]}\.{version[1]}: name another with `make PYTHON="):
+        setup_env.check_python()
+
+
+def test_missing_ensurepip_says_what_to_install(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    with pytest.raises(SystemExit, match=r"apt install python3\.\d+-venv"):
+        setup_env.check_python()
