@@ -50,7 +50,8 @@ def _emulated(reason: str, advice: str) -> Implementation:
     return Implementation("emulated", "emulated", "bf16", "bf16", reason, advice)
 
 
-_GPU_ADVICE = "an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell) runs the Triton kernels"
+_GPU = "an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell)"
+_GPU_ADVICE = f"{_GPU} runs the Triton kernels"
 
 
 @lru_cache
@@ -71,7 +72,7 @@ def select(config: GroupedMMConfig, device: Device) -> Implementation:
                 return _emulated(f"{device} has no fp8 tensor cores", _GPU_ADVICE)
             return _emulated("no CUDA device", _GPU_ADVICE)
         raise UnsupportedError(
-            f"kernel_preference={preference} cannot run {config.recipe} on {device}: it needs {_GPU_ADVICE.split(' runs')[0]}; "
+            f"kernel_preference={preference} cannot run {config.recipe} on {device}: it needs {_GPU}; "
             "use kernel_preference=auto or emulated"
         )
 

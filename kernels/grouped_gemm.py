@@ -6,8 +6,8 @@ bf16 operands are read as they lie, because bf16 wgmma takes either order.
     out[M, P]    = a[M, C] @ b[g, P, C]^T                      (g: the group that owns the row)
     out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T
 
-SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "mx" (E8M0 per 32, inside the MMA:
-`tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
+SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "mx" (E8M0 per 32, inside the
+MMA: `tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
 """
 
 import torch
@@ -27,6 +27,13 @@ def _multiply(a, b, acc, PRECISE: tl.constexpr):
     else:
         acc = tl.dot(a, b.T, acc)
     return acc
+
+
+@triton.jit
+def _store_tile(out_ptr, acc, row, row_inside, col, P):
+    """Store acc [rows, cols] into the row-major out [.., P]."""
+    out = out_ptr + row.to(tl.int64)[:, None] * P + col[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), row_inside[:, None] & (col < P)[None, :])
 
 
 @triton.jit
@@ -76,12 +83,10 @@ def _grouped_mm(
             else:
                 acc = _multiply(a, b, acc, PRECISE)
 
-        inside = (m < end_m)[:, None] & (p < P)[None, :]  # rows from end_m on belong to the next group
         if SCALING == "rowwise":
             acc *= tl.load(a_scale_ptr + m, m < end_m, 0.0)[:, None]
             acc *= tl.load(b_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[None, :]
-        out = out_ptr + m.to(tl.int64)[:, None] * P + p[None, :]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
+        _store_tile(out_ptr, acc, m, m < end_m, p, P)  # rows from end_m on belong to the next group
 
     first_free = tl.load(groups_ptr + G * 4)
     for tile in range(tl.program_id(0), tl.cdiv(M - first_free, BLOCK_M) * p_blocks, PROGRAMS):
@@ -145,8 +150,7 @@ def _grouped_mm_tokens(
         if SCALING == "rowwise":
             acc *= tl.load(a_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[:, None]
             acc *= tl.load(b_scale_ptr + group.to(tl.int64) * Q + q, q < Q, 0.0)[None, :]
-        out = out_ptr + (group.to(tl.int64) * P + p.to(tl.int64)[:, None]) * Q + q[None, :]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), (p < P)[:, None] & (q < Q)[None, :])
+        _store_tile(out_ptr, acc, group.to(tl.int64) * P + p, p < P, q, Q)
 
 
 def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None):

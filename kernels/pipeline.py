@@ -131,7 +131,7 @@ def forward_spec(problem: Problem, config: GroupedMMConfig, device: Device, save
             spec.scratch.update(scratch | _map("token_", TOKEN_TILE, p))
     if impl.gemm != "emulated":
         spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl) | _weights(p.N, p.K, p, config, impl))
-        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, device).rows, p))
+        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
     return spec
 
 
@@ -151,7 +151,7 @@ def backward_spec(
         return spec
     if need_dA:
         spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl) | _weights(p.K, p.N, p, config, impl))
-        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, device).rows, p))
+        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, config, device, p.a_dtype).rows, p))
     if need_dB:
         spec.scratch.update(_map("token_", TOKEN_TILE, p))
         if saves_input(config):
@@ -174,9 +174,10 @@ def _programs(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _gemm_tiles(kernel: str, elements: Elements, p: Problem, device: Device):
+def _gemm_tiles(kernel: str, elements: Elements, p: Problem, config: GroupedMMConfig, device: Device, out: str):
     assert device.capability is not None, f"Triton GEMMs need a compute capability, got {device}"
-    return tuning.lookup(kernel, elements, device.capability, p.M, p.G)
+    heavy = out == "float32" or config.accumulation is Accumulation.PRECISE
+    return tuning.lookup(kernel, elements, device.capability, p.M, p.G, heavy)
 
 
 class _Call:
@@ -193,6 +194,10 @@ class _Call:
         token_tiles, groups = self.scratch[f"{prefix}tiles"], self.scratch[f"{prefix}groups"]
         tiles.map_tiles(self.offs, M, tile, token_tiles, groups)
         return token_tiles, groups
+
+    def gemm_tiles(self, kernel: str, elements: Elements, out: torch.Tensor):
+        dtype = str(out.dtype).removeprefix("torch.")
+        return _gemm_tiles(kernel, elements, self.problem, self.config, self.device, dtype)
 
     def rows(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.config.format == "bf16":
@@ -217,7 +222,7 @@ class _Call:
 
     def grouped_mm(self, a: torch.Tensor, b: torch.Tensor, name: str, out: torch.Tensor) -> None:
         """out[M, P] = a[M, C] @ b[G, P, C]^T, both still to be quantized along C."""
-        tuned = _gemm_tiles("grouped_mm", self.implementation.elements, self.problem, self.device)
+        tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
         a_data, a_scale = self.rows(name, a)
         b_data, b_scale = self.weights(b)
         token_tiles, groups = self.map("", a.shape[0], tuned.rows)
@@ -235,8 +240,7 @@ class _Call:
         if self.implementation.gemm == "torch":
             _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, transposed, not self.precise)
             return
-        elements = self.implementation.wgrad_elements
-        tuned = _gemm_tiles("grouped_mm_tokens", elements, self.problem, self.device)
+        tuned = self.gemm_tiles("grouped_mm_tokens", self.implementation.wgrad_elements, out)
         grouped_gemm.grouped_mm_tokens(
             a, a_scale, b, b_scale, groups, out, tuned, self.programs, transposed, self.precise
         )

@@ -50,7 +50,16 @@ def is_tuned(capability: tuple[int, int]) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def lookup(kernel: str, element: str, capability: tuple[int, int], M: int, G: int) -> GemmTiles:
-    """Tiles for a kernel ("grouped_mm", "grouped_mm_tokens"), element ("fp8", "mx", "bf16"), M tokens in G groups."""
+def lookup(kernel: str, element: str, capability: tuple[int, int], M: int, G: int, heavy: bool = False) -> GemmTiles:
+    """Tiles for a kernel and a problem.
+
+    Args:
+        kernel: "grouped_mm" or "grouped_mm_tokens".
+        element: "fp8", "mx" or "bf16".
+        M, G: tokens and groups.
+        heavy: float32 output or precise accumulation, which take twice the shared memory or registers.
+    """
     classes = table()[arch(capability)][kernel][element]
+    if heavy:
+        return classes["heavy"]
     return classes.get("few" if M < FEW_TOKENS * G else "many") or classes["many"]

@@ -1,0 +1,101 @@
+"""`xmoe doctor`: the machine, and which implementation each recipe gets on it and why."""
+
+import importlib.metadata
+import json as jsonlib
+import platform
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from xmoe.config import RECIPES, KernelPreference, config_from_recipe
+from xmoe.kernels import pipeline, tuning
+from xmoe.kernels.dispatch import Device, UnsupportedError, select
+
+PACKAGES = ("xmoe", "torch", "triton", "jax", "flax", "numpy", "ml_dtypes", "torchao")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def table(device: Device) -> list[dict[str, Any]]:
+    """One row a recipe: what the default preference gets, and what each other preference would."""
+    rows = []
+    for recipe in RECIPES:
+        config = config_from_recipe(recipe)
+        chosen = select(config, device)
+        others = {}
+        for preference in KernelPreference:
+            try:
+                others[str(preference)] = select(replace(config, kernel_preference=preference), device).name
+            except UnsupportedError:
+                others[str(preference)] = None
+        rows.append({"recipe": recipe, **asdict(chosen), "by_preference": others})
+    return rows
+
+
+def report() -> dict[str, Any]:
+    """Everything that `xmoe doctor` prints, as plain data."""
+    gpus, device = [], pipeline.device_of("cpu")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            gpus.append(
+                {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30)}
+            )
+        device = pipeline.device_of("cuda", 0)
+    advice = []
+    if not gpus and torch.version.cuda is None:
+        advice.append("this torch is a CPU build; on a machine with an NVIDIA GPU install the CUDA build from PyPI")
+    if not pipeline.HAS_TRITON:
+        advice.append("Triton cannot be imported: pip install triton")
+    if device.capability and pipeline.HAS_TRITON and not tuning.is_tuned(device.capability):
+        advice.append(
+            f"no tile shapes were measured for {device}; it uses those of {tuning.arch(device.capability)}. "
+            "`python -m xmoe.kernels.tune` measures and writes them"
+        )
+    if _version("jax") is None:
+        advice.append('the JAX frontend needs jax: pip install "xmoe[jax]" (and "xmoe[flax]" for the layers)')
+    elif gpus and _version("jax-cuda13-plugin") is None and _version("jax-cuda12-plugin") is None:
+        advice.append('jax has no CUDA plugin, so it runs on the CPU: pip install "xmoe[cuda]"')
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "device": str(device),
+        "recipes": table(device),
+        "advice": advice,
+    }
+
+
+def run(json: bool = False) -> int:
+    """Print the report, as text or as JSON; returns the exit code, 0."""
+    facts = report()
+    if json:
+        print(jsonlib.dumps(facts, indent=2))
+        return 0
+    packages = ", ".join(f"{name} {version or '(none)'}" for name, version in facts["packages"].items())
+    print(f"python    {facts['python']} on {facts['platform']}")
+    print(f"packages  {packages}")
+    for gpu in facts["gpus"]:
+        print(f"GPU       {gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB")
+    if not facts["gpus"]:
+        print("GPU       none")
+    print(f"\n{'recipe':<28}{'runs as':<20}why")
+    seen = {}
+    for row in facts["recipes"]:
+        print(f"{row['recipe']:<28}{row['name']:<20}{row['reason']}")
+        if row["advice"]:
+            seen.setdefault(row["advice"], []).append(row["recipe"])
+    for text in facts["advice"]:
+        print(f"\n- {text}", end="")
+    for text, recipes in seen.items():
+        print(f"\n- {', '.join(recipes)}: {text}", end="")
+    print()
+    return 0

@@ -1,0 +1,206 @@
+"""Compile every Triton kernel ahead of time for sm_89, sm_90 and sm_100, without a GPU, and look at the result.
+
+For each: shared memory under the device's limit, no spills (sm_90 and above), and in its PTX the tensor-core
+instruction that the kernel is for (wgmma e4m3 / bf16 on sm_90; tcgen05, block-scaled for MXFP8, on sm_100).
+
+    python scripts/aot_check.py [--only PATTERN] [--quick]
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET"):
+    sys.exit("unset TRITON_INTERPRET: the interpreter does not compile")
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from xmoe.kernels import grouped_gemm, quantize, tiles, tuning
+from xmoe.operands import TOKEN_TILE
+
+SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes a block can have (CUDA C++ Programming Guide, table of technical specifications)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of one kernel."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    sm: int
+    warps: int = 4
+    stages: int = 3
+    instruction: str = ""
+    """A regular expression that the PTX must contain."""
+    divisible: tuple[str, ...] = field(default=())
+    """Arguments known to be multiples of 16."""
+
+
+def quantizer_cases(sm: int) -> Iterator[Case]:
+    i8, u8, f32, i32 = "*i8", "*u8", "*fp32", "*i32"
+    yield Case("map_tiles", tiles._map_tiles, {"offs_ptr": i32, "tiles_ptr": i32, "groups_ptr": i32},
+               {"TILE": 128, "G_BLOCK": 128}, sm, warps=1)  # fmt: skip
+    for dtype in ("bf16", "fp32"):
+        x = {"x_ptr": f"*{dtype}"}
+        for block, tail in ((8192, 0), (8192, 8192), (4096, 1024), (4096, -1)):
+            yield Case(f"rows_fp8[{dtype},{block},{tail}]", quantize._rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
+                       {"stride_xc": 1, "BLOCK_C": block, "TAIL_C": tail, "HARDWARE": True},
+                       sm, divisible=("stride_xr", "C"))  # fmt: skip
+        for fmt, bf16_out in (("rceil", False), ("floor", False), ("rceil", True)):
+            mx = {"RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": True}
+            data = {"data_ptr": "*bf16" if bf16_out else i8}
+            scale = {"scale_ptr": None} if bf16_out else {}
+            yield Case(f"rows_mx[{dtype},{fmt},bf16_out={bf16_out}]", quantize._rows_mx,
+                       x | data | {"scale_ptr": u8},
+                       mx | scale | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROWS_MX_BLOCK}, sm,
+                       divisible=("stride_xr", "C"))  # fmt: skip
+            for ragged in (True, False):
+                yield columns_case(f"{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}", x | data | {"scale_ptr": u8},
+                                   mx | scale | {"amax_ptr": None, "MX": True}, ragged, sm)  # fmt: skip
+        for ragged in (True, False):
+            maps = {"tiles_ptr": i32, "groups_ptr": i32, "amax_ptr": i32}
+            yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize._columns_amax, x | maps,
+                       ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
+                       | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": quantize.COLUMN_BLOCK},
+                       sm, divisible=("stride_xr", "C"))  # fmt: skip
+            fp8 = {"MX": False, "RCEIL": False, "DEQUANTIZE": False, "HARDWARE": True}
+            yield columns_case(f"{dtype},fp8,ragged={ragged}", x | {"data_ptr": i8, "scale_ptr": f32}, fp8, ragged, sm)
+    yield Case("columns_fp8_scale", quantize._columns_fp8_scale, {"amax_ptr": i32, "scale_ptr": f32},
+               {"BLOCK": 1024}, sm)  # fmt: skip
+    yield Case("dequantize", quantize._dequantize, {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16"},
+               {"BLOCK_R": 32, "BLOCK_C": 128, "HARDWARE": True}, sm, divisible=("C",))  # fmt: skip
+
+
+def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
+    maps = {"tiles_ptr": "*i32", "groups_ptr": "*i32", "amax_ptr": "*i32"}
+    constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
+    constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": quantize.COLUMN_BLOCK}
+    return Case(f"columns[{label}]", quantize._columns, types | maps, constants, sm,
+                divisible=("stride_xr", "stride_dc", "C"))  # fmt: skip
+
+
+INSTRUCTIONS = {
+    (89, "fp8"): r"mma\.sync\S*e4m3",
+    (89, "bf16"): r"mma\.sync\S*bf16",
+    (90, "fp8"): r"wgmma\.mma_async\S*e4m3",
+    (90, "bf16"): r"wgmma\.mma_async\S*bf16",
+    (100, "fp8"): r"tcgen05\.mma\S*f8f6f4",
+    (100, "bf16"): r"tcgen05\.mma\S*f16",
+    (100, "mx"): r"tcgen05\.mma\S*mxf8f6f4\.block_scale",
+}
+
+
+def gemm_cases(sm: int) -> Iterator[Case]:
+    table = tuning.table()[f"sm{sm}"]
+    for elements, classes in table["grouped_mm"].items():
+        for shape_class, t in classes.items():
+            for contraction_last in (True, False) if elements == "bf16" else (True,):
+                block = [1, t.cols, t.depth] if contraction_last else [1, t.depth, t.cols]
+                for out, precise in loads(shape_class, elements):
+                    yield gemm_case("grouped_mm", grouped_gemm._grouped_mm, elements, t, sm, out, precise,
+                                    [t.rows, t.depth], block,
+                                    {"B_CONTRACTION_LAST": contraction_last, "BLOCK_M": t.rows, "BLOCK_P": t.cols,
+                                     "BLOCK_C": t.depth}, f"{shape_class},last={contraction_last}")  # fmt: skip
+    for elements, classes in table["grouped_mm_tokens"].items():
+        for shape_class, t in classes.items():
+            for transposed in (True, False) if elements == "bf16" else (True,):
+                a, b = ([t.rows, t.depth], [t.cols, t.depth]) if transposed else ([t.depth, t.rows], [t.depth, t.cols])
+                for out, precise in loads(shape_class, elements):
+                    yield gemm_case("grouped_mm_tokens", grouped_gemm._grouped_mm_tokens, elements, t, sm, out,
+                                    precise, a, b,
+                                    {"TRANSPOSED": transposed, "TOKEN_TILE": TOKEN_TILE, "BLOCK_P": t.rows,
+                                     "BLOCK_Q": t.cols, "BLOCK_M": t.depth},
+                                    f"{shape_class},transposed={transposed}")  # fmt: skip
+
+
+def loads(shape_class: str, elements: str) -> tuple[tuple[str, bool], ...]:
+    """(output type, precise) of the launches that a line of the tuning table serves."""
+    if shape_class != "heavy":
+        return (("bf16", False),)
+    return (("fp32", False), ("bf16", True), ("fp32", True)) if elements == "fp8" else (("fp32", False),)
+
+
+def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, constants, label) -> Case:
+    dtype = "bf16" if elements == "bf16" else "fp8e4nv"
+    scaling = {"fp8": "rowwise", "mx": "mx", "bf16": "none"}[elements]
+    scale_type = "*u8" if elements == "mx" else "*fp32"
+    no_scales = {"a_scale_ptr": None, "b_scale_ptr": None} if elements == "bf16" else {}
+    types = {
+        "a_desc": f"tensordesc<{dtype}{a_block}>", "b_desc": f"tensordesc<{dtype}{b_block}>", "out_ptr": f"*{out}",
+        "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "a_scale_ptr": scale_type, "b_scale_ptr": scale_type,
+        "tiles_ptr": "*i32", "groups_ptr": "*i32",
+    }  # fmt: skip
+    constants = constants | no_scales | {"SCALING": scaling, "PRECISE": precise, "PROGRAMS": 132, "BAND": t.band}
+    label = f"{name}[{elements},{out},{label}{',precise' if precise else ''}]"
+    return Case(label, kernel, types, constants, sm, t.warps, t.stages, INSTRUCTIONS[sm, elements], ("P", "Q", "C"))
+
+
+def compile_case(case: Case) -> list[str]:
+    """The case's faults, none if all is well."""
+    signature, attributes = {}, {}
+    for index, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = case.types.get(name, "i32")
+        if signature[name].startswith("*") or name in case.divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    target = GPUTarget("cuda", case.sm, 32)
+    try:
+        kernel = triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": case.stages})
+    except Exception as error:
+        return [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
+    faults = []
+    if kernel.metadata.shared > SHARED_MEMORY[case.sm]:
+        faults.append(f"{kernel.metadata.shared} bytes of shared memory, {SHARED_MEMORY[case.sm]} allowed")
+    if case.instruction and not re.search(case.instruction, kernel.asm["ptx"]):
+        faults.append(f"no {case.instruction} in the PTX")
+    if case.sm >= 90 and (spilled := spills(kernel.asm["cubin"])):
+        faults.append(f"{spilled} bytes of stack (spilled registers)")
+    return faults
+
+
+def spills(cubin: bytes) -> int:
+    """Bytes of local memory a thread, from cuobjdump's resource usage."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    parser.add_argument("--sm", type=int, choices=SHARED_MEMORY, help="compile for this architecture only")
+    args = parser.parse_args()
+    failed = total = 0
+    start = time.perf_counter()
+    for sm in [args.sm] if args.sm else SHARED_MEMORY:
+        for case in (*quantizer_cases(sm), *gemm_cases(sm)):
+            if args.only not in case.name:
+                continue
+            faults = compile_case(case)
+            total, failed = total + 1, failed + bool(faults)
+            print(f"sm_{sm} {case.name}: {'; '.join(faults) or 'ok'}", flush=True)
+    print(f"{total - failed} of {total} kernels compile as they should, {time.perf_counter() - start:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

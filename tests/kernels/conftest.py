@@ -1,0 +1,16 @@
+"""The `backend` fixture of the kernel tests."""
+
+import pytest
+
+from tests.kernels.backends import Gpu, Interpreter
+from xmoe.kernels import quantize
+
+
+@pytest.fixture(
+    params=[pytest.param(Interpreter, id="interpreter"), pytest.param(Gpu, marks=pytest.mark.gpu, id="gpu")]
+)
+def backend(request: pytest.FixtureRequest):
+    """The machine under the kernels."""
+    if request.param.hardware != quantize.HARDWARE:
+        pytest.skip("this process has the kernels compiled; TRITON_INTERPRET=1 has them interpreted")
+    return request.param

@@ -1,0 +1,161 @@
+"""Triton grouped GEMMs against the oracle on the same quantized operands, into poisoned outputs."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.backends import FORMATS, arrays
+from tests.kernels.test_quantize import token_map
+from xmoe import oracle
+from xmoe.kernels import grouped_gemm, tuning
+from xmoe.kernels.tuning import GemmTiles
+from xmoe.operands import TOKEN_TILE
+
+KERNEL_TIER_DB = 50
+SMALL = GemmTiles(rows=32, cols=32, depth=32, warps=4, stages=2, band=2)
+
+PATTERNS = {
+    "uneven": (150, [30, 93, 150]),
+    "empty groups": (150, [0, 70, 70, 150, 150]),
+    "one group has all": (150, [0, 150, 150]),
+    "short": (150, [30, 93, 140]),
+    "one row": (150, [1, 2, 150]),
+    "nothing": (150, [0, 0]),
+    "no tokens": (0, [0, 0]),
+    "bad offsets": (150, [90, -4, 1000, 20]),
+}
+pattern = pytest.mark.parametrize(("M", "ends"), PATTERNS.values(), ids=PATTERNS.keys())
+
+
+def tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A torch copy of an oracle array, fp8 included."""
+    byte = torch.tensor(np.ascontiguousarray(array).view(np.uint8).ravel(), device=device)
+    return byte.view(getattr(torch, array.dtype.name)).view(array.shape)
+
+
+def tiles_for(backend, kernel: str, elements: str, M: int, G: int) -> GemmTiles:
+    return tuning.lookup(kernel, elements, torch.cuda.get_device_capability(), M, G) if backend.hardware else SMALL
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(out: torch.Tensor, expected: np.ndarray) -> None:
+    assert torch.isfinite(out).all()
+    if expected.any():
+        assert oracle.sqnr(expected, arrays(out)) >= KERNEL_TIER_DB
+    else:
+        assert not out.any()
+
+
+def covered(M: int, ends: list[int]) -> int:
+    """Rows that belong to a group."""
+    return oracle.token_layout(ends, M)[-1].end
+
+
+# The interpreter's bf16 is wrong (backends.py): it multiplies float16 and writes float32 instead.
+def plain_dtype(backend) -> torch.dtype:
+    return torch.bfloat16 if backend.hardware else torch.float16
+
+
+@pytest.mark.parametrize("precise", [False, True], ids=["fast", "precise"])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pattern
+def test_fp8(backend, M, ends, out_dtype, precise):
+    if not backend.hardware and out_dtype is torch.bfloat16:
+        pytest.skip("the interpreter truncates to bf16")
+    G, K, N = len(ends), 80, 48
+    A, B = normal(M, K), normal(G, K, N)
+    A[covered(M, ends) :] = float("nan")  # rows of no group
+    a, b = oracle.quantize_rows(A.numpy(), "fp8_rowwise"), oracle.quantize_weights(B.numpy(), "K", "fp8_rowwise")
+    tuned = tiles_for(backend, "grouped_mm", "fp8", M, G)
+    offs = torch.tensor(ends, dtype=torch.int32, device=backend.device)
+    out = torch.full((M, N), float("nan"), dtype=out_dtype, device=backend.device)
+    operands = [tensor(x, backend.device) for x in (a.data, a.scale, b.data, b.scale)]
+    grouped_gemm.grouped_mm(*operands, *token_map(offs, M, tuned.rows), out, tuned, 5, precise)
+    close(out, oracle.grouped_mm(a, b, ends))
+    assert not out[covered(M, ends) :].any()
+
+
+@pytest.mark.parametrize("precise", [False, True], ids=["fast", "precise"])
+@pattern
+def test_fp8_tokens(backend, M, ends, precise):
+    G, K, N = len(ends), 80, 48
+    A, D = normal(M, K), normal(M, N)
+    a, d = (oracle.quantize_tokens(x.numpy(), ends, "fp8_rowwise") for x in (A, D))
+    tuned = tiles_for(backend, "grouped_mm_tokens", "fp8", M, G)
+    groups = token_map(torch.tensor(ends, dtype=torch.int32, device=backend.device), M)[1]
+    out = torch.full((G, K, N), float("nan"), dtype=torch.float32, device=backend.device)
+    operands = [tensor(x, backend.device) for x in (a.data, a.scale, d.data, d.scale)]
+    grouped_gemm.grouped_mm_tokens(*operands, groups, out, tuned, 5, True, precise)
+    close(out, oracle.grouped_mm_tokens(a, d, ends))
+    for g, group in enumerate(oracle.token_layout(ends, M)):
+        assert group.end > group.start or not out[g].any()
+
+
+@pytest.mark.parametrize("stored", ["GKN", "GNK", "half of a fused weight"])
+@pattern
+def test_plain(backend, M, ends, stored):
+    """bf16 operands as they lie: B with K or N contiguous, its experts apart."""
+    G, K, N = len(ends), 80, 48
+    dtype = plain_dtype(backend)
+    A, B = (x.to(backend.device, dtype) for x in (normal(M, K), normal(G, K, N)))
+    A[covered(M, ends) :] = float("nan")
+    if stored == "GNK":
+        B = B.mT.contiguous().mT
+    elif stored == "half of a fused weight":
+        B = torch.cat([torch.full_like(B.mT, float("nan")), B.mT], 1)[:, N:].mT
+    expected = np.zeros((M, N))
+    for g, group in enumerate(oracle.token_layout(ends, M)):
+        expected[group.start : group.end] = arrays(A[group.start : group.end]).astype(float) @ arrays(B[g])
+    tuned = tiles_for(backend, "grouped_mm", "bf16", M, G)
+    offs = torch.tensor(ends, dtype=torch.int32, device=backend.device)
+    out = torch.full((M, N), float("nan"), dtype=torch.float32, device=backend.device)
+    grouped_gemm.grouped_mm(A, None, B.mT, None, *token_map(offs, M, tuned.rows), out, tuned, 5)
+    close(out, expected)
+
+
+@pattern
+def test_plain_tokens(backend, M, ends):
+    """A poisoned token of a neighbouring group or of none must not reach a group through its last, partial tile."""
+    G, K, N = len(ends), 80, 48
+    A, D = (x.to(backend.device, plain_dtype(backend)) for x in (normal(M, K), normal(M, N)))
+    layout = oracle.token_layout(ends, M)
+    expected = np.zeros((G, K, N))
+    for g, group in enumerate(layout):
+        expected[g] = arrays(A[group.start : group.end]).T.astype(float) @ arrays(D[group.start : group.end])
+    victim = next((g for g, group in enumerate(layout) if group.end > group.start), None)
+    if victim is not None:
+        outside = torch.ones(M, dtype=torch.bool, device=A.device)
+        outside[layout[victim].start : layout[victim].end] = False
+        A[outside], D[outside] = float("nan"), float("nan")
+    tuned = tiles_for(backend, "grouped_mm_tokens", "bf16", M, G)
+    groups = token_map(torch.tensor(ends, dtype=torch.int32, device=A.device), M)[1]
+    out = torch.full((G, K, N), 7.0, dtype=torch.float32, device=A.device)
+    grouped_gemm.grouped_mm_tokens(A, None, D, None, groups, out, tuned, 5, False)
+    if victim is None:
+        assert not out.any()
+    else:
+        close(out[victim], expected[victim])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS[1:])
+@pattern
+def test_native_mx(M, ends, fmt):
+    """The block-scaled kernel that sm_100 gets natively; elsewhere Triton computes `tl.dot_scaled` through bf16."""
+    G, K, N = len(ends), 80, 48
+    A, B, D = normal(M, K), normal(G, K, N), normal(M, N)
+    device, tuned = torch.device("cuda"), GemmTiles(rows=64, cols=64, depth=64, warps=4, stages=2, band=8)
+    offs = torch.tensor(ends, dtype=torch.int32, device=device)
+    a, b = oracle.quantize_rows(A.numpy(), fmt), oracle.quantize_weights(B.numpy(), "K", fmt)
+    out = torch.full((M, N), float("nan"), dtype=torch.bfloat16, device=device)
+    operands = [tensor(x, device) for x in (a.data, a.scale, b.data, b.scale)]
+    grouped_gemm.grouped_mm(*operands, *token_map(offs, M, tuned.rows), out, tuned, 5)
+    close(out, oracle.grouped_mm(a, b, ends))
+    a, d = (oracle.quantize_tokens(x.numpy(), ends, fmt) for x in (A, D))
+    out = torch.full((G, K, N), float("nan"), dtype=torch.bfloat16, device=device)
+    operands = [tensor(x, device) for x in (a.data, a.scale, d.data, d.scale)]
+    grouped_gemm.grouped_mm_tokens(*operands, token_map(offs, M, TOKEN_TILE)[1], out, tuned, 5, True)
+    close(out, oracle.grouped_mm_tokens(a, d, ends))

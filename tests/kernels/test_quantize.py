@@ -1,0 +1,136 @@
+"""Triton quantizers: the oracle's bytes, for every format, axis, dtype and layout."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.backends import FORMATS, arrays, awkward, same_bytes
+from xmoe import oracle
+from xmoe.kernels import quantize, tiles
+from xmoe.operands import TOKEN_TILE, padded_tokens
+
+DTYPES = (torch.float32, torch.bfloat16)
+fixture_per_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10)
+
+
+def empty_like(array, device) -> torch.Tensor:
+    """A poisoned tensor of an oracle array's shape and dtype."""
+    dtype = getattr(torch, array.dtype.name)
+    byte = torch.full((array.size * array.itemsize,), 0xA5, dtype=torch.uint8, device=device)
+    return byte.view(dtype).view(array.shape)
+
+
+def token_map(offs: torch.Tensor, M: int, tile: int = TOKEN_TILE) -> tuple[torch.Tensor, torch.Tensor]:
+    G = offs.shape[0]
+    token_tiles = torch.full((max(1, tiles.max_tiles(M, G, tile)), 4), -7, dtype=torch.int32, device=offs.device)
+    groups = torch.full((G + 1, 4), -7, dtype=torch.int32, device=offs.device)
+    tiles.map_tiles(offs, M, tile, token_tiles, groups)
+    return token_tiles, groups
+
+
+def to_kernel(x: torch.Tensor, backend) -> torch.Tensor:
+    """x on the backend's device, less what its conversions lose."""
+    if not backend.hardware and x.dtype == torch.bfloat16:
+        x = torch.where(x.abs() < 1.2e-38, 0.0, x)  # the interpreter's bf16 subnormals
+    return x.to(backend.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("strides", ["rows", "columns", "sliced"])
+def test_rows(backend, fmt, dtype, strides):
+    x = to_kernel(awkward(37, 144).to(dtype), backend)
+    expected = oracle.quantize_rows(arrays(x), fmt)
+    if strides == "columns":
+        x = x.T.contiguous().T
+    elif strides == "sliced":
+        wide = torch.full((37, 300), float("nan"), dtype=dtype, device=x.device)
+        wide[:, 5:149] = x
+        x = wide[:, 5:149]
+    data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
+    quantize.quantize_rows(x, fmt, data, scale)
+    assert same_bytes(data, expected.data)
+    assert same_bytes(scale, expected.scale)
+
+
+@pytest.mark.parametrize("cols", [16, 48, 16400])
+def test_rows_of_any_length(backend, cols):
+    x = awkward(3, cols, poison=False).to(backend.device)
+    for fmt in FORMATS:
+        expected = oracle.quantize_rows(arrays(x), fmt)
+        data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
+        quantize.quantize_rows(x, fmt, data, scale)
+        assert same_bytes(data, expected.data)
+        assert same_bytes(scale, expected.scale)
+
+
+@fixture_per_test
+@given(
+    M=st.sampled_from([0, 1, 31, 129, 300]),
+    raw=st.lists(st.integers(-3, 330), min_size=1, max_size=6),
+    bad=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_tokens(backend, fmt, M, raw, bad, dtype):
+    """Empty groups, one group with all, offs[-1] < M, M = 0, and offsets that decrease or leave [0, M]."""
+    offs = torch.tensor(raw if bad else sorted(min(max(o, 0), M) for o in raw), dtype=torch.int32)
+    x = to_kernel(awkward(M, 80).to(dtype), backend)
+    expected = oracle.quantize_tokens(arrays(x), offs.numpy(), fmt)
+    data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
+    amax = torch.full((len(raw), 80), -1, dtype=torch.int32, device=x.device)
+    quantize.quantize_tokens(x, fmt, data, scale, amax, *token_map(offs.to(x.device), M))
+    assert data.shape[1] == padded_tokens(M, len(raw))
+    assert same_bytes(data, expected.data)
+    assert same_bytes(scale, expected.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", ["K", "N"])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("stored", ["GKN", "GNK", "half of a fused weight"])
+def test_weights(backend, fmt, axis, dtype, stored):
+    G, K, N = 3, 80, 144
+    B = to_kernel(awkward(G * K, N).view(G, K, N).to(dtype), backend)
+    expected = oracle.quantize_weights(arrays(B), axis, fmt)
+    if stored == "GNK":
+        B = B.mT.contiguous().mT
+    elif stored == "half of a fused weight":
+        B = torch.cat([torch.full_like(B.mT, float("nan")), B.mT], 1)[:, N:].mT
+    data, scale = empty_like(expected.data, B.device), empty_like(expected.scale, B.device)
+    amax = torch.full(expected.data.shape[:2], -1, dtype=torch.int32, device=B.device)
+    quantize.quantize_weights(B.mT if axis == "K" else B, fmt, data, scale, amax)
+    assert same_bytes(data, expected.data)
+    assert same_bytes(scale, expected.scale)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")  # NumPy's Inf * 0
+@pytest.mark.parametrize("fmt", ["mxfp8_rceil", "mxfp8_floor"])
+def test_dequantized_bf16(backend, fmt):
+    """The fused quantize-dequantize and the dequantizer give data * scale, exactly where bf16 holds it."""
+    x = awkward(37, 144).to(backend.device)
+    x[torch.isfinite(x) & (x.abs() < 1e-30)] = 0  # below bf16's normal range after scaling
+    expected = oracle.quantize_rows(arrays(x), fmt)
+    value = torch.from_numpy(oracle.dequantize(expected)).to(torch.bfloat16)
+    fused, separate = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    quantize.quantize_rows(x, fmt, fused, None)
+    data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
+    quantize.quantize_rows(x, fmt, data, scale)
+    quantize.dequantize(data, scale, separate)
+    for got in (fused, separate):
+        torch.testing.assert_close(got.cpu(), value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_every_bf16_value():
+    """All 65536 bf16 values, each beside 448 (scale 1) and alone in its row or block."""
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for column in (torch.full_like(x, 448.0), torch.zeros_like(x)):
+        rows = torch.stack([x, column], 1).repeat_interleave(8, 1).cuda()
+        for fmt in FORMATS:
+            expected = oracle.quantize_rows(arrays(rows), fmt)
+            data, scale = empty_like(expected.data, "cuda"), empty_like(expected.scale, "cuda")
+            quantize.quantize_rows(rows, fmt, data, scale)
+            assert same_bytes(data, expected.data)
+            assert same_bytes(scale, expected.scale)
