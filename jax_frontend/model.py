@@ -1,7 +1,7 @@
 """The training job's model in Flax NNX: a decoder-only transformer over bytes with mixture-of-experts layers.
 
-The PyTorch twin is ``torch_backend/model.py``: the same parameters, names and math. Parameters start at zero; the
-learner puts the shared initial weights in.
+The PyTorch twin is ``torch_backend/model.py``: the same parameters, names and math. The learner puts the shared
+initial weights in.
 Legend: B = sequences, S = seq_len, D = dim, V = 256 byte values.
 """
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xmoe.config import GroupedMMConfig
-from xmoe.jax_frontend.moe import MoE
+from xmoe.jax_frontend.moe import Linear, MoE
 from xmoe.train.config import VOCABULARY, TrainConfig
 from xmoe.train.model import NORM_EPSILON, rotary_tables
 
@@ -23,16 +23,6 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.weight[...][tokens]
-
-
-class Linear(nnx.Module):
-    """A float32 matrix [out, in], applied in the dtype of its input."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.weight[...].astype(x.dtype).T
 
 
 class RMSNorm(nnx.Module):
@@ -50,10 +40,10 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal multi-head attention with rotary positions."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, rngs: nnx.Rngs) -> None:
         self.heads = heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.out = Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, param_dtype=jnp.float32, rngs=rngs)
+        self.out = Linear(dim, dim, param_dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         B, S, D = x.shape
@@ -74,7 +64,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: TrainConfig, quantization: GroupedMMConfig, rngs: nnx.Rngs) -> None:
         self.attention_norm = RMSNorm(config.dim)
-        self.attention = Attention(config.dim, config.heads)
+        self.attention = Attention(config.dim, config.heads, rngs)
         self.moe_norm = RMSNorm(config.dim)
         self.moe = MoE(
             config.dim,
@@ -101,7 +91,7 @@ class Transformer(nnx.Module):
         self.embed = Embedding(VOCABULARY, config.dim)
         self.blocks = nnx.List(Block(config, quantization, rngs) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
-        self.head = Linear(config.dim, VOCABULARY)
+        self.head = Linear(config.dim, VOCABULARY, param_dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         cos, sin = (jnp.asarray(table) for table in rotary_tables(self.config))

@@ -67,7 +67,7 @@ class TorchLearner:
     def load_state(self, state: State, step: int) -> None:
         self._copy(self._parameters, {name: state[f"weights.{name}"] for name in self._parameters})
         for name, p in self._parameters.items():
-            moments = {moment: torch.from_numpy(state[f"{moment}.{name}"]).to(self._device) for moment in _MOMENTS}
+            moments = {moment: torch.tensor(state[f"{moment}.{name}"], device=self._device) for moment in _MOMENTS}
             self._optimizer.state[p] = {"step": torch.tensor(float(step), device=self._device), **moments}
 
     def peak_memory(self) -> int:
@@ -89,7 +89,9 @@ class TorchLearner:
     @torch.no_grad()
     def _copy(parameters: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
         if parameters.keys() != values.keys():
-            raise ValueError(f"weights do not fit the model; they differ in {sorted(parameters.keys() ^ values.keys())}")
+            raise ValueError(
+                f"weights do not fit the model; they differ in {sorted(parameters.keys() ^ values.keys())}"
+            )
         for name, p in parameters.items():
             p.copy_(torch.from_numpy(values[name]))
 

@@ -1,13 +1,24 @@
 """A run small enough for a test, on text of its own."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from xmoe.train.config import TrainConfig
 from xmoe.train.data import Corpus, load_corpus
 
 TEXT = b"".join(b"def f%d(x): return x + %d\n" % (i, i * i % 97) for i in range(400))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, and on busy cores lose 50-fold waiting for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

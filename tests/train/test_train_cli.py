@@ -114,16 +114,30 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in text
 
 
-def xmoe(*arguments: object, **kwargs: object) -> "subprocess.Popen[str]":
+def xmoe(*arguments: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "xmoe", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(pipes | kwargs))  # type: ignore[call-overload]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+# Each of these starts processes that import torch: a few seconds.
 
 
 def test_the_whole_command(tmp_path: Path, text_file: Path, settings: Path) -> None:
     """Both runs in their own processes; then a resume that has nothing left to do; then other settings."""
     out = tmp_path / "out"
-    arguments = ["train", *TINY, "--config", settings, "--data", text_file, "--out", out, "--recipe", "bf16,fp8_rowwise"]
+    arguments = [
+        "train",
+        *TINY,
+        "--config",
+        settings,
+        "--data",
+        text_file,
+        "--out",
+        out,
+        "--recipe",
+        "bf16,fp8_rowwise",
+    ]
     process = xmoe(*arguments)
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (0, "")
@@ -179,7 +193,8 @@ def test_full_disk_in_a_worker(tmp_path: Path, text_file: Path, settings: Path) 
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     main = "from xmoe.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", limit + main, "train", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 1
     checkpoint = out / "torch-bf16" / "checkpoint.safetensors"
     assert result.stderr == (

@@ -12,6 +12,7 @@ from xmoe.train.data import load_corpus
 from xmoe.train.files import UserError
 from xmoe.train.model import initial_weights, parameter_shapes, rotary_tables
 
+
 def test_split_is_a_contiguous_tail(text_file: Path) -> None:
     corpus, text = load_corpus([text_file], 32), text_file.read_bytes()
     assert corpus.train.tobytes() + corpus.heldout.tobytes() == text

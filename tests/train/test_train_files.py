@@ -29,7 +29,9 @@ class FullDisk:
         return written
 
     def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        return self._open(path, mode, *args, **kwargs) if "w" not in mode else _FullFile(self._open(path, "wb", 0), self)
+        return (
+            self._open(path, mode, *args, **kwargs) if "w" not in mode else _FullFile(self._open(path, "wb", 0), self)
+        )
 
 
 class _FullFile:
@@ -105,7 +107,10 @@ def test_read_only_place(tmp_path: Path) -> None:
 def test_checkpoint_round_trip_is_exact(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, "flax", "bf16")
     folder.create()
-    state = {"weights.a": np.random.default_rng(0).standard_normal((3, 4), np.float32), "exp_avg.a": np.float32([[-0.0]])}
+    state = {
+        "weights.a": np.random.default_rng(0).standard_normal((3, 4), np.float32),
+        "exp_avg.a": np.float32([[-0.0]]),
+    }
     folder.save(state, 12, "digest")
     loaded, step = folder.load("digest")
     assert step == 12

@@ -77,7 +77,9 @@ def _standard_library() -> list[bytes]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith(("config-", "."))]
+        folders[:] = [
+            name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith(("config-", "."))
+        ]
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     parts, size = [], 0
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
