@@ -1,0 +1,220 @@
+"""Forward and backward on a GPU: every line of the dispatch table against the oracle, with nothing hidden underneath."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.backends import arrays
+from xmoe import RECIPES, config_from_recipe, oracle
+from xmoe.kernels import pipeline
+from xmoe.kernels.dispatch import Device, UnsupportedError, select
+from xmoe.shapes import PATTERNS, offsets
+
+KERNEL_TIER_DB = 50
+M, K, N, G = 700, 192, 144, 5
+NATIVE_MX = Device("cuda", (10, 0))
+"""sm_100's lines of the table; on another GPU Triton computes their `tl.dot_scaled` through bf16."""
+
+
+def poisoned(specs: dict[str, pipeline.TensorSpec]) -> dict[str, torch.Tensor]:
+    """Tensors by their specs, every byte 0xFF: NaN in each float format."""
+    tensors = pipeline.allocate(specs, torch.device("cuda"))
+    for tensor in tensors.values():
+        tensor.view(torch.uint8).fill_(0xFF)
+    return tensors
+
+
+class Run:
+    """One forward and backward on poisoned outputs and scratch."""
+
+    def __init__(self, config, pattern, *, dtype=torch.bfloat16, stored="GKN", device=None, M=M, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(shape, generator=generator).to("cuda", dtype)  # noqa: E731
+        self.A, self.B, self.dOut = draw(M, K), draw(G, K, N), draw(M, N)
+        if stored == "GNK":
+            self.B = self.B.mT.contiguous().mT
+        self.config, self.M = config, M
+        self.ends = offsets(pattern, M, G)
+        self.offs = torch.from_numpy(self.ends).cuda()
+        self.covered = oracle.token_layout(self.ends, M)[-1].end
+        self.A[self.covered :] = float("nan")
+        self.dOut[self.covered :] = float("nan")
+        name = str(dtype).removeprefix("torch.")
+        self.problem = pipeline.Problem(M, N, K, G, name, name, config.out_dtype or name)
+        self.device = device or pipeline.device_of("cuda", 0)
+        forward = pipeline.forward_spec(self.problem, config, self.device)
+        backward = pipeline.backward_spec(self.problem, config, self.device)
+        self.outputs, self.scratch = poisoned(forward.outputs), poisoned(forward.scratch)
+        self.grads, self.grad_scratch = poisoned(backward.outputs), poisoned(backward.scratch)
+        if stored == "GNK":
+            self.grads["dB"] = self.grads["dB"].view(G, N, K).mT
+
+    def __call__(self):
+        pipeline.forward(self.problem, self.config, self.device, self.A, self.B, self.offs, self.outputs, self.scratch)
+        saved = (self.A,)
+        if not pipeline.saves_input(self.config):
+            saved = (self.outputs["a_tokens"], self.outputs["a_tokens_scale"])
+        pipeline.backward(
+            self.problem, self.config, self.device, self.dOut, saved, self.B, self.offs, self.grads, self.grad_scratch
+        )
+        return self.outputs["out"], self.grads["dA"], self.grads["dB"]
+
+    def check(self):
+        out, dA, dB = self()
+        A, B, dOut = (arrays(x) for x in (self.A, self.B, self.dOut))
+        expected = (
+            oracle.forward(A, B, self.ends, self.config),
+            oracle.dgrad(dOut, B, self.ends, self.config),
+            oracle.wgrad(A, dOut, self.ends, self.config),
+        )
+        for name, got, want in zip(("out", "dA", "dB"), (out, dA, dB), expected, strict=True):
+            assert torch.isfinite(got).all(), name
+            parts = (
+                range(G) if name == "dB" else [slice(g.start, g.end) for g in oracle.token_layout(self.ends, self.M)]
+            )
+            for part in parts:  # per expert: a whole-tensor gate misses a dead small one
+                if np.any(want[part]):
+                    assert oracle.sqnr(want[part], arrays(got[part])) >= KERNEL_TIER_DB, (name, part)
+                else:
+                    assert not got[part].any(), (name, part)
+        assert not out[self.covered :].any()
+        assert not dA[self.covered :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe, pattern):
+    Run(config_from_recipe(recipe), pattern).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", ["GKN", "GNK"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("accumulation", ["fast", "precise"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil"])
+def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
+    config = dataclasses.replace(config_from_recipe(recipe), accumulation=accumulation)
+    Run(config, "uneven", dtype=dtype, stored=stored).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_floor"])
+def test_no_tokens(recipe):
+    Run(config_from_recipe(recipe), "uneven", M=0).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp"])
+def test_torch_engine(recipe, pattern):
+    config = dataclasses.replace(config_from_recipe(recipe), kernel_preference="torch")
+    Run(config, pattern).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("recipe", ["mxfp8_rceil", "mxfp8_floor", "mxfp8_rceil_wgrad_with_hp"])
+def test_native_mx(recipe, pattern):
+    Run(config_from_recipe(recipe), pattern, device=NATIVE_MX).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil", "bf16"])
+def test_bad_offsets_stay_inside(recipe):
+    run = Run(config_from_recipe(recipe), "uneven")
+    run.offs = torch.tensor([90, -4, 2**31 - 1, -(2**31), 20], dtype=torch.int32, device="cuda")
+    run.ends, run.covered = run.offs.cpu().numpy(), M
+    run.A.nan_to_num_(1.0), run.dOut.nan_to_num_(1.0)
+    run.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_rceil", "fp8_rowwise_wgrad_with_hp"])
+def test_neither_allocates_nor_waits_and_replays_in_a_graph(recipe):
+    run = Run(config_from_recipe(recipe), "uneven")
+    eager = [x.clone() for x in run()]
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = run()
+    for x in results:
+        x.fill_(float("nan"))
+    graph.replay()
+    for got, want in zip(results, eager, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
+def test_poison_stays_in_its_group(recipe):
+    clean, hit = Run(config_from_recipe(recipe), "uneven"), Run(config_from_recipe(recipe), "uneven")
+    groups = oracle.token_layout(hit.ends, M)
+    row = groups[2].start
+    hit.A[row, 5] = float("nan")
+    hit.dOut[row, 7] = float("inf")
+    (out, dA, dB), (clean_out, clean_dA, clean_dB) = hit(), clean()
+    others = torch.arange(M, device="cuda") != row
+    assert torch.isnan(out[row]).all()
+    assert torch.isnan(dA[row]).all()
+    assert torch.equal(out[others], clean_out[others])
+    assert torch.equal(dA[others], clean_dA[others])
+    for g in {0, 1, 3, 4}:
+        assert torch.equal(dB[g], clean_dB[g])
+    assert torch.isnan(dB[2, 5]).all()
+    assert torch.isnan(dB[2, :, 7]).all()
+
+
+def test_unsupported_preferences_say_what_to_do():
+    for preference, recipe, device in (
+        ("triton", "fp8_rowwise", Device("cpu")),
+        ("torch", "bf16", Device("cuda", (8, 0))),
+        ("torch", "mxfp8_rceil", Device("cuda", (9, 0))),
+    ):
+        config = dataclasses.replace(config_from_recipe(recipe), kernel_preference=preference)
+        with pytest.raises(
+            UnsupportedError, match=rf"kernel_preference={preference} cannot run {recipe}.*; use kernel_pre"
+        ):
+            select(config, device)
+
+
+@pytest.mark.parametrize(
+    ("capability", "fp8", "mx"),
+    [
+        (None, "emulated", "emulated"),
+        ((8, 0), "emulated", "emulated"),
+        ((8, 9), "triton-fp8", "triton-mx-via-bf16"),
+        ((9, 0), "triton-fp8", "triton-mx-via-bf16"),
+        ((10, 0), "triton-fp8", "triton-mx"),
+        ((12, 0), "triton-fp8", "triton-mx-via-bf16"),
+    ],
+)
+def test_dispatch(capability, fp8, mx):
+    device = Device("cuda" if capability else "cpu", capability)
+    assert select(config_from_recipe("fp8_rowwise"), device).name == fp8
+    assert select(config_from_recipe("mxfp8_rceil"), device).name == mx
+    assert select(config_from_recipe("mxfp8_emulated_rceil"), device).name == "emulated"
+    assert select(config_from_recipe("fp8_rowwise"), dataclasses.replace(device, triton=False)).name == "emulated"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_spec_of_what_is_saved(recipe):
+    """Saved for the backward: one byte an element and its scales, or A itself; the same on every device."""
+    config = config_from_recipe(recipe)
+    problem = pipeline.Problem(M, N, K, G)
+    specs = [
+        pipeline.forward_spec(problem, config, device).outputs
+        for device in (Device("cpu"), Device("cuda", (9, 0)), Device("cuda", (10, 0)))
+    ]
+    assert specs[0] == specs[1] == specs[2]
+    assert ("a_tokens" in specs[0]) != pipeline.saves_input(config)
+    assert "a_tokens" not in pipeline.forward_spec(problem, config, Device("cpu"), save_tokens=False).outputs
