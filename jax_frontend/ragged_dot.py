@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from xmoe.jax_frontend import bridge, emulation
@@ -128,6 +129,6 @@ def _vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _report_bad_sizes(M: int, group_sizes: Any) -> None:
     """``config.debug``: says so, and does not raise, because an exception on one shard hangs the others."""
-    total = int(group_sizes.astype("int64").sum())
-    if (group_sizes < 0).any() or total > M:
-        _log.error("group_sizes=%s, their sum is %d: give sizes >= 0 that sum to at most M=%d", group_sizes, total, M)
+    sizes = np.asarray(group_sizes).tolist()
+    if min(sizes) < 0 or sum(sizes) > M:
+        _log.error("group_sizes=%s, in sum %d: give sizes of 0 or more that sum to at most M=%d", sizes, sum(sizes), M)

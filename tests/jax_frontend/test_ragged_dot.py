@@ -1,0 +1,267 @@
+"""`ragged_dot`: values and gradients against the oracle, JAX's transformations, and the errors."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from tests.jax_frontend.values import KERNEL_TIER, values
+from xmoe import oracle
+from xmoe.config import RECIPES, BF16GroupedMMConfig, FP8GroupedMMConfig, FP8GroupedMMRecipe, config_from_recipe
+from xmoe.jax_frontend import ragged_dot
+
+M, K, N, G = 150, 48, 80, 4
+SIZES = np.array([50, 0, 3, 67], np.int32)  # 30 rows belong to nobody
+OFFS = np.cumsum(SIZES)
+A, B, DOUT = (jnp.asarray(values("normal", s, i)) for i, s in enumerate([(M, K), (G, K, N), (M, N)]))
+each_engine = pytest.mark.parametrize("engine", ["jax", "bridge"])
+
+
+def loss(lhs: jax.Array, rhs: jax.Array, sizes: Any = SIZES, **options: Any) -> jax.Array:
+    out = ragged_dot(lhs, rhs, jnp.asarray(sizes), **{"config": "fp8_rowwise", **options})
+    return (out.astype(jnp.float32) ** 2).sum()
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@each_engine
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_the_oracles(engine: str, recipe: str) -> None:
+    config = config_from_recipe(recipe)
+    lhs, rhs, dout = (x.astype(jnp.bfloat16) for x in (A, B, DOUT))
+
+    @jax.jit
+    def run(lhs: jax.Array, rhs: jax.Array, dout: jax.Array) -> Any:
+        dot = functools.partial(ragged_dot, group_sizes=jnp.asarray(SIZES), config=config, implementation=engine)
+        out, vjp = jax.vjp(dot, lhs, rhs)
+        return out, *vjp(dout)
+
+    out, dlhs, drhs = (np.asarray(x) for x in run(lhs, rhs, dout))
+    a, b, d = (np.asarray(x) for x in (lhs, rhs, dout))
+    assert {x.dtype for x in (out, dlhs, drhs)} == {jnp.dtype(jnp.bfloat16)}
+    assert min(oracle.sqnr_per_group(oracle.forward(a, b, OFFS, config), out, OFFS)) >= KERNEL_TIER
+    assert min(oracle.sqnr_per_group(oracle.dgrad(d, b, OFFS, config), dlhs, OFFS)) >= KERNEL_TIER
+    assert min(oracle.sqnr_per_group(oracle.wgrad(a, d, OFFS, config), drhs)) >= KERNEL_TIER
+    assert not out[OFFS[-1] :].any()
+    assert not dlhs[OFFS[-1] :].any()
+    assert not drhs[1].any()
+
+
+@each_engine
+@pytest.mark.parametrize("recipe", ["bf16", "mxfp8_rceil"])
+def test_transposed_weights_change_nothing_but_the_layout(engine: str, recipe: str) -> None:
+    options = {"config": recipe, "implementation": engine}
+    want = jax.jit(jax.value_and_grad(functools.partial(loss, **options), (0, 1)))(A, B)
+    stored = B.swapaxes(1, 2)
+    transposed = functools.partial(loss, transpose_rhs=True, **options)
+    value, (dlhs, drhs) = jax.jit(jax.value_and_grad(transposed, (0, 1)))(A, stored)
+    assert drhs.shape == stored.shape
+    np.testing.assert_allclose(value, want[0], rtol=1e-6)
+    # Swapped operands may be summed in another order.
+    np.testing.assert_allclose(dlhs, want[1][0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(drhs.swapaxes(1, 2), want[1][1], rtol=1e-5, atol=1e-5)
+
+
+@each_engine
+def test_dtypes(engine: str) -> None:
+    def dtypes(lhs: jax.Array, **options: Any) -> tuple[str, ...]:
+        def run(lhs: jax.Array, rhs: jax.Array) -> Any:
+            dot = functools.partial(ragged_dot, group_sizes=jnp.asarray(SIZES), implementation=engine, **options)
+            out, vjp = jax.vjp(dot, lhs, rhs)
+            return out, *vjp(out)
+
+        return tuple(x.dtype.name for x in jax.eval_shape(run, lhs, B))
+
+    to_float32 = FP8GroupedMMConfig(out_dtype="float32")
+    short = A.astype(jnp.bfloat16)
+    assert dtypes(short) == ("bfloat16", "bfloat16", "float32")
+    assert dtypes(A) == ("float32", "float32", "float32")
+    assert dtypes(short, config=to_float32) == ("float32", "bfloat16", "float32")
+    assert dtypes(A, config=to_float32, preferred_element_type=jnp.bfloat16) == ("bfloat16", "float32", "float32")
+
+
+def test_config_none_a_recipe_and_a_config_are_interchangeable() -> None:
+    def dot(**options: Any) -> jax.Array:
+        return jax.jit(functools.partial(ragged_dot, **options))(A, B, SIZES)
+
+    assert_equal(dot(), dot(config=BF16GroupedMMConfig()))
+    assert_equal(dot(config="fp8_rowwise"), dot(config=FP8GroupedMMConfig()))
+    assert_equal(dot(config=FP8GroupedMMRecipe.FP8_ROWWISE), dot(config=FP8GroupedMMConfig()))
+    assert not np.array_equal(dot(), dot(config="fp8_rowwise"))
+
+
+@each_engine
+def test_no_tokens(engine: str) -> None:
+    none = np.zeros(G, np.int32)
+    dlhs, drhs = jax.jit(jax.grad(functools.partial(loss, sizes=none, implementation=engine), (0, 1)))(A[:0], B)
+    assert dlhs.shape == (0, K)
+    assert not drhs.any()
+
+
+@each_engine
+@pytest.mark.parametrize("sizes", [[100, 100, 0, 0], [-20, 60, 0, 200], [2**31 - 1, 2**31 - 1, 5, 5]])
+def test_bad_sizes_are_cut_and_harm_nobody(engine: str, sizes: list[int]) -> None:
+    sizes = np.array(sizes, np.int32)
+    with np.errstate(over="ignore"):
+        offs = np.cumsum(sizes, dtype=np.int32)
+    out = jax.jit(functools.partial(ragged_dot, config="fp8_rowwise", implementation=engine))(A, B, sizes)
+    want = oracle.forward(np.asarray(A), np.asarray(B), offs, FP8GroupedMMConfig())
+    assert oracle.sqnr(want, out) >= 130  # float32 output
+
+
+def test_debug_reports_bad_sizes(caplog: pytest.LogCaptureFixture) -> None:
+    dot = jax.jit(functools.partial(ragged_dot, config=FP8GroupedMMConfig(debug=True)))
+    with caplog.at_level(logging.ERROR):
+        jax.block_until_ready(dot(A, B, jnp.asarray(SIZES)))
+        jax.effects_barrier()
+        assert not caplog.records
+        jax.block_until_ready(dot(A, B, jnp.array([100, -1, 0, 100], jnp.int32)))
+        jax.effects_barrier()
+    assert "M=150" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------- transformations
+
+
+@each_engine
+def test_checkpoint_scan_and_cond(engine: str) -> None:
+    config = {"jax": "bf16", "bridge": "fp8_rowwise"}[engine]  # the first is quick to compile
+    f = functools.partial(loss, implementation=engine, config=config)
+    want = jax.jit(jax.grad(f, (0, 1)))(A, B)
+    assert_equal(jax.jit(jax.grad(jax.checkpoint(f), (0, 1)))(A, B), want)
+
+    def branches(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.cond(a[0, 0] < jnp.inf, f, lambda a, b: 0.0, a, b)
+
+    assert_equal(jax.jit(jax.grad(branches, (0, 1)))(A, B), want)
+
+    def layers(a: jax.Array, bs: jax.Array) -> jax.Array:
+        return jax.lax.scan(jax.checkpoint(lambda total, b: (total + f(a, b), None)), 0.0, bs)[0]
+
+    dlhs, drhs = jax.jit(jax.grad(layers, (0, 1)))(A, jnp.stack([B, B]))
+    assert_equal((dlhs, drhs[0], drhs[1]), (2 * want[0], want[1], want[1]))
+
+
+@each_engine
+def test_vmap_is_a_loop_over_calls(engine: str) -> None:
+    lhs, sizes = jnp.stack([A, 2 * A[::-1]]), np.stack([SIZES, SIZES[::-1]])
+    grads = jax.grad(functools.partial(loss, implementation=engine), (0, 1))
+    got = jax.jit(jax.vmap(grads, (0, None, 0)))(lhs, B, sizes)
+    for i in range(2):
+        want = jax.jit(grads)(lhs[i], B, sizes[i])
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[i], y, rtol=1e-6, atol=1e-4), got, want)  # noqa: B023
+
+
+@each_engine
+def test_only_the_gradients_asked_for_are_computed(engine: str) -> None:
+    f = functools.partial(loss, implementation=engine)
+    want = jax.jit(jax.grad(f, (0, 1)))(A, B)
+    assert_equal(jax.jit(jax.grad(f, 0))(A, B), want[0])
+    assert_equal(jax.jit(jax.grad(f, 1))(A, B), want[1])
+    saved = jax.tree.leaves(jax.eval_shape(lambda a: jax.vjp(lambda a: f(a, B), a)[1], A))
+    assert not any(x.dtype == jnp.float8_e4m3fn for x in saved), "dlhs alone needs no wgrad operand"
+
+
+def test_residuals_are_8_bit_tokens_and_the_weights() -> None:
+    dot = functools.partial(ragged_dot, group_sizes=jnp.asarray(SIZES), config="mxfp8_rceil")
+    saved = jax.tree.leaves(jax.eval_shape(lambda a, b: jax.vjp(dot, a, b)[1], A, B))
+    assert {(x.shape, x.dtype.name) for x in saved if x.ndim > 1} == {
+        ((K, 640), "float8_e4m3fn"),
+        ((K, 20), "float8_e8m0fnu"),
+        ((G, K, N), "float32"),
+    }
+
+
+@each_engine
+def test_x64_lowering_and_donation(engine: str) -> None:
+    dot = functools.partial(ragged_dot, config="mxfp8_floor", implementation=engine)
+    want = jax.jit(dot)(A, B, SIZES)
+    assert_equal(jax.jit(dot).lower(A, B, SIZES).compile()(A, B, jnp.asarray(SIZES)), want)
+    donating = jax.jit(lambda a, b, s: dot(a, b, s)[:, :K] + 0 * a, donate_argnums=0)
+    assert_equal(donating(A + 0, B, SIZES), want[:, :K])
+    with jax.enable_x64(True):
+        assert_equal(jax.jit(dot)(A, B, SIZES), want)
+
+
+@each_engine
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(engine: str, check_vma: bool) -> None:
+    """Tokens over "data", experts over "expert": sums over an axis appear exactly where an operand is replicated."""
+    data, expert = 2, 4
+    mesh = Mesh(np.array(jax.devices("cpu")[: data * expert]).reshape(data, expert), ("data", "expert"))
+    lhs, sizes = jnp.concatenate([A, 2 * A]), np.array([[150, 0, 3, 67], [9, 90, 33, 18]], np.int32)
+    dot = functools.partial(ragged_dot, config="fp8_rowwise", implementation=engine)
+
+    def shard(a: jax.Array, b: jax.Array, s: jax.Array) -> jax.Array:
+        return jax.lax.psum(dot(a, b, s.reshape(-1)), "expert")
+
+    specs = (P("data"), P("expert"), P("data", "expert"))
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=check_vma)
+
+    def alone(a: jax.Array, b: jax.Array) -> jax.Array:
+        dot = functools.partial(ragged_dot, config="fp8_rowwise", implementation="bridge")  # quick to compile
+        rows = [
+            sum(dot(a[i * M : (i + 1) * M], b[e, None], sizes[i, e, None]) for e in range(expert)) for i in range(data)
+        ]
+        return (jnp.concatenate(rows) ** 2).sum()
+
+    got = jax.jit(jax.grad(lambda a, b: (mapped(a, b, sizes) ** 2).sum(), (0, 1)))(lhs, B)
+    want = jax.jit(jax.grad(alone, (0, 1)))(lhs, B)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-3), got, want)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_signature_begins_with_that_of_jax() -> None:
+    theirs, ours = (list(inspect.signature(f).parameters) for f in (jax.lax.ragged_dot, ragged_dot))
+    assert ours[: len(theirs)] == theirs
+
+
+def _with(**changes: Any) -> Callable[[], Any]:
+    arguments = {"lhs": A, "rhs": B, "group_sizes": jnp.asarray(SIZES), "config": "fp8_rowwise"} | changes
+    return functools.partial(ragged_dot, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (_with(lhs=A[None]), r"lhs has shape \(1, 150, 48\); give \[M, K\]"),
+        (_with(rhs=B[0]), r"rhs has shape \(48, 80\); give \[G, K, N\]"),
+        (_with(rhs=B[:0]), r"rhs has shape \(0, 48, 80\)"),
+        (_with(rhs=B.swapaxes(1, 2)), "K=48 columns .* K=80 .* transpose_rhs=True"),
+        (_with(rhs=B[:, :, :70]), "N=70 .* multiple of 16"),
+        (_with(lhs=A[:, :40], rhs=B[:, :40]), "K=40 .* multiple of 16"),
+        (_with(group_sizes=jnp.asarray(SIZES[:3])), r"group_sizes has shape \(3,\); give \(4,\)"),
+        (_with(group_sizes=jnp.asarray(SIZES).astype(jnp.int16)), r"int16; give group_sizes.astype\(jnp.int32\)"),
+        (_with(lhs=A.astype(jnp.float16)), "lhs.dtype=.*float16.* use one of bfloat16, float32"),
+        (_with(rhs=B.astype(jnp.int8)), "rhs.dtype=.*int8"),
+        (_with(preferred_element_type=jnp.int32), "preferred_element_type=.*int32"),
+        (_with(precision=jax.lax.Precision.HIGHEST), "precision=.*accumulation='precise'"),
+        (_with(group_offset=jnp.zeros(1, jnp.int32)), "group_offset is not supported; use None"),
+        (_with(out_sharding=P()), "out_sharding is not supported; .*shard_map"),
+        (_with(config="fp4"), "recipe='fp4' is not known; use one of bf16, fp8_rowwise"),
+        (_with(implementation="cuda"), "implementation='cuda' is not known; use 'bridge', 'jax'"),
+        (_with(config=FP8GroupedMMConfig(kernel_preference="triton")), "kernel_preference=triton .* a CPU; use"),
+        (
+            _with(config=FP8GroupedMMConfig(kernel_preference="torch"), implementation="jax"),
+            "kernel_preference=torch .* implementation='jax' has none; use",
+        ),
+    ],
+)
+def test_wrong_uses_are_named_at_trace_time(call: Callable[[], Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        jax.eval_shape(call)
