@@ -142,7 +142,7 @@ class MoE(nn.Module):
 
         place = torch.empty_like(order)
         place[order] = torch.arange(T * k, device=order.device)  # of each slot among the sorted ones
-        y = (routed[place].view(T, k, -1).float() * scores.unsqueeze(-1)).sum(1).to(x.dtype)
+        y = (routed[place].view(T, k, tokens.shape[1]).float() * scores.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape), loss

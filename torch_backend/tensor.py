@@ -1,11 +1,11 @@
 """The weight wrapper: a parameter that makes ``torch._grouped_mm`` run in low precision and is plain to all else."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe.config import GroupedMMConfig, config_from_key
@@ -13,8 +13,8 @@ from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
 
 _GROUPED_MM: frozenset[Callable[..., Any]] = frozenset(
     {torch._grouped_mm, torch.ops.aten._grouped_mm, torch.ops.aten._grouped_mm.default}
-    | ({F.grouped_mm} if hasattr(F, "grouped_mm") else set())
 )
+"""``torch.nn.functional.grouped_mm`` has no ``__torch_function__`` hook of its own and reaches the first."""
 
 _VIEWS = (
     *("as_strided", "chunk", "contiguous", "detach", "expand", "expand_as", "flatten", "movedim", "narrow", "permute"),
@@ -81,6 +81,8 @@ class ScaledGroupedMMTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func in _GROUPED_MM:
             return _grouped_mm(cls, func, *args, **kwargs)
+        if func is torch.autograd.grad:
+            return _grad(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
             # `cls`, not type(args[0]): the one that torch.compile can trace.
@@ -93,16 +95,16 @@ class ScaledGroupedMMTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScaledGroupedMMTensor":
         if id(self) in memo:
             return memo[id(self)]
-        plain = unwrap(self)
         if not self.is_leaf:
             raise RuntimeError("only leaf tensors can be deep-copied; detach the wrapped weight first")
-        copy = plain.detach().__deepcopy__(memo).as_subclass(type(self)).requires_grad_(self.requires_grad)
+        # copy.deepcopy, not the method: it keeps the temporaries alive whose ids are in memo.
+        twin = copy.deepcopy(unwrap(self).detach(), memo).as_subclass(type(self)).requires_grad_(self.requires_grad)
         if isinstance(self, nn.Parameter):
-            copy = nn.Parameter(copy, requires_grad=self.requires_grad)
+            twin = nn.Parameter(twin, requires_grad=self.requires_grad)
         if self.grad is not None:
-            copy.grad = self.grad.__deepcopy__(memo)
-        memo[id(self)] = copy
-        return copy
+            twin.grad = copy.deepcopy(self.grad, memo)
+        memo[id(self)] = twin
+        return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A state_dict holds detached values: plain ones load anywhere, with weights_only=True too.
@@ -112,7 +114,7 @@ class ScaledGroupedMMTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         kind = "Parameter, " if isinstance(self, nn.Parameter) else ""
-        return f"ScaledGroupedMMTensor({kind}{self.config_key}, {unwrap(self)!r})"
+        return f"ScaledGroupedMMTensor({kind}{self.config_key}, {unwrap(self).detach()!r})"
 
 
 @cache
@@ -149,20 +151,35 @@ def _rebuild_parameter(data: Tensor, config_key: str, requires_grad: bool) -> nn
 def _grouped_mm(
     wrapper: type[ScaledGroupedMMTensor],
     func: Callable[..., Any],
-    A: Tensor,
-    B: Tensor,
+    self: Tensor,
+    mat2: Tensor,
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``torch._grouped_mm`` with a wrapped operand; anything but A [M, K] @ wrapped [G, K, N] is the plain op."""
     with torch._C.DisableTorchFunctionSubclass():
-        wrapped = isinstance(B, ScaledGroupedMMTensor)
-        if not wrapped or A.ndim != 2 or B.ndim != 3 or offs is None or bias is not None:
-            return func(A, B, offs=offs, bias=bias, out_dtype=out_dtype)
-        key = wrapper.config_key if isinstance(B, wrapper) else type(B).config_key
+        wrapped = isinstance(mat2, ScaledGroupedMMTensor)
+        if not wrapped or self.ndim != 2 or mat2.ndim != 3 or offs is None or bias is not None:
+            return func(self, mat2, offs=offs, bias=bias, out_dtype=out_dtype)
+        key = wrapper.config_key if isinstance(mat2, wrapper) else type(mat2).config_key
         if out_dtype is not None:
             key = key_with_out_dtype(key, out_dtype)
         if not torch.compiler.is_compiling():  # what the ops save for the backward is plain
-            A, B = unwrap(A), unwrap(B)
-        return grouped_mm_by_key(A, B, offs, key)
+            self, mat2 = unwrap(self), unwrap(mat2)
+        return grouped_mm_by_key(self, mat2, offs, key)
+
+
+def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **kwargs: Any) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad`` with wrapped tensors among its arguments, which it may not see: it would then run with
+    ``__torch_function__`` off, and so would a forward that activation checkpointing recomputes in it."""
+
+    def plain(xs: Any) -> Any:
+        return unwrap(xs) if isinstance(xs, Tensor) or xs is None else [unwrap(x) for x in xs]
+
+    def edge(x: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.autograd.graph.get_gradient_edge(x) if isinstance(x, ScaledGroupedMMTensor) else x
+
+    edges = edge(inputs) if isinstance(inputs, Tensor) else [edge(x) for x in inputs]
+    return torch.autograd.grad(plain(outputs), edges, plain(grad_outputs), **kwargs)
