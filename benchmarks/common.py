@@ -30,8 +30,9 @@ def spread_ms(fn: Callable[[], Any], rounds: int = 3, rep_ms: int = 150) -> tupl
 
 
 def uneven_offs(shape: Shape, device: str = "cuda") -> torch.Tensor:
-    """int32 [G] group ends, unequal and aligned to nothing."""
-    return torch.from_numpy(offsets("uneven", shape.M, shape.G)).to(device)
+    """int32 [G] group ends: unequal, and multiples of 32 for the peers' sake (torchao's fp8 path needs 16)."""
+    offs = torch.from_numpy(offsets("uneven", shape.M, shape.G))
+    return (offs // 32 * 32).index_fill_(0, torch.tensor([shape.G - 1]), shape.M).to(device)
 
 
 def shapes(names: Sequence[str]) -> list[Shape]:

@@ -1,6 +1,6 @@
 """Grouped GEMM on one GPU: the bare fp8 forward beside torch's, and fwd + bwd of every recipe beside its peers.
 
-Random bf16 data, uneven groups, medians, everything in one process; a system is timed only after its results agree
+Random bf16 data, uneven groups (multiples of 32), medians, everything in one process; a system is timed only after its results agree
 with the oracle's arithmetic (the bf16 GEMM) to the accuracy of its format.
 
     python -m benchmarks.grouped_mm [--shapes llama4_g8,deepseek_v3]
@@ -75,7 +75,7 @@ def forward_backward(shape: Shape) -> list[list]:
         config = config_from_recipe(recipe)
         systems[f"xmoe {recipe}"] = lambda config=config: scaled_grouped_mm(A, B.mT, offs, config)
     if torchao_fp8 is not None:
-        systems["torchao fp8_rowwise"] = lambda: torchao_fp8(A, B.mT, offs, pad_token_groups_for_grouped_mm=True)
+        systems["torchao fp8_rowwise"] = lambda: torchao_fp8(A, B.mT, offs, pad_token_groups_for_grouped_mm=False)
 
     def step(fn):
         A.grad = B.grad = None
@@ -93,6 +93,7 @@ def forward_backward(shape: Shape) -> list[list]:
                 if not error < 0.06:  # e4m3 with one scale a row: 28 dB, 0.04
                     raise RuntimeError(f"wrong by {error:.3g}")
             del results, got, want
+            A.grad = B.grad = None
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

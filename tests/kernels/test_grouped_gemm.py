@@ -33,8 +33,10 @@ def tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return byte.view(getattr(torch, array.dtype.name)).view(array.shape)
 
 
-def tiles_for(backend, kernel: str, elements: str, M: int, G: int) -> GemmTiles:
-    return tuning.lookup(kernel, elements, torch.cuda.get_device_capability(), M, G) if backend.hardware else SMALL
+def tiles_for(backend, kernel: str, elements: str, M: int, G: int, heavy: bool = True) -> GemmTiles:
+    if not backend.hardware:
+        return SMALL
+    return tuning.lookup(kernel, elements, torch.cuda.get_device_capability(), M, G, heavy)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -69,7 +71,7 @@ def test_fp8(backend, M, ends, out_dtype, precise):
     A, B = normal(M, K), normal(G, K, N)
     A[covered(M, ends) :] = float("nan")  # rows of no group
     a, b = oracle.quantize_rows(A.numpy(), "fp8_rowwise"), oracle.quantize_weights(B.numpy(), "K", "fp8_rowwise")
-    tuned = tiles_for(backend, "grouped_mm", "fp8", M, G)
+    tuned = tiles_for(backend, "grouped_mm", "fp8", M, G, heavy=precise or out_dtype is torch.float32)
     offs = torch.tensor(ends, dtype=torch.int32, device=backend.device)
     out = torch.full((M, N), float("nan"), dtype=out_dtype, device=backend.device)
     operands = [tensor(x, backend.device) for x in (a.data, a.scale, b.data, b.scale)]
