@@ -1,0 +1,142 @@
+"""`python -m xmoe.kernels.tune`: measure tile shapes on this GPU and write its lines of tuning.toml.
+
+For each kernel, element and shape class, the candidate with the least geometric mean of times over the class's shapes
+(`xmoe.shapes.MODELS`, and the same with fewer tokens) wins. Candidates that do not fit the GPU drop out.
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import torch
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from xmoe.kernels import grouped_gemm, tiles, tuning
+from xmoe.kernels.tuning import GemmTiles
+from xmoe.operands import TOKEN_TILE, padded_tokens
+from xmoe.shapes import ALL, Shape, offsets
+
+CLASSES = {
+    "many": ("llama4_g8", "deepseek_v3_g8", "qwen3_30b_a3b"),
+    "few": ("llama4_g16", "deepseek_v3_g32", "qwen3_30b_a3b"),
+    "heavy": ("llama4_g8", "deepseek_v3_g8"),
+}
+"""Shapes that stand for a class; "few" takes them with 128 tokens a group."""
+
+ELEMENT_BYTES = {"fp8": 1, "mx": 1, "bf16": 2}
+
+
+def candidates(element: str) -> Iterator[GemmTiles]:
+    """Tile shapes worth a try: 128 bytes of the contraction a step, as TMA swizzles them."""
+    depth = 128 // ELEMENT_BYTES[element]
+    for (rows, cols), stages, band in itertools.product(
+        [(128, 256), (256, 128), (128, 128), (64, 256), (64, 128)], (3, 4), (4, 8, 16)
+    ):
+        yield GemmTiles(rows, cols, depth, 4 if rows * cols <= 8192 else 8, stages, band)
+
+
+def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> Callable[[GemmTiles], None]:
+    """A launch of `kernel` on random operands of `shape`."""
+    M, N, K, G = shape[1:]
+    offs = torch.from_numpy(offsets("uneven", M, G)).cuda()
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    groups = torch.empty(G + 1, tiles.TILE_FIELDS, dtype=torch.int32, device="cuda")
+    dtype = torch.bfloat16 if element == "bf16" else torch.float8_e4m3fn
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16).to(dtype)
+
+    def scales(*rows: int, C: int) -> torch.Tensor | None:
+        if element == "bf16":
+            return None
+        if element == "fp8":
+            return torch.rand(rows, device="cuda") + 0.5
+        return torch.full((*rows, -(-C // 32)), 127, dtype=torch.uint8, device="cuda").view(torch.float8_e8m0fnu)
+
+    if kernel == "grouped_mm":
+        a, b, out = random(M, K), random(G, N, K), torch.empty(M, N, dtype=out_dtype, device="cuda")
+        a_scale, b_scale = scales(M, C=K), scales(G, N, C=K)
+
+        def launch(t: GemmTiles) -> None:
+            token_tiles = torch.empty(tiles.max_tiles(M, G, t.rows), 4, dtype=torch.int32, device="cuda")
+            tiles.map_tiles(offs, M, t.rows, token_tiles, groups)
+            grouped_gemm.grouped_mm(a, a_scale, b, b_scale, token_tiles, groups, out, t, programs)
+
+        return launch
+
+    Mp, transposed = padded_tokens(M, G), element != "bf16"
+    a, b = (random(C, Mp) if transposed else random(M, C) for C in (N, K))
+    a_scale, b_scale = (scales(G, C, C=0) if element == "fp8" else scales(C, C=Mp) for C in (N, K))
+    out = torch.empty(G, N, K, dtype=out_dtype, device="cuda")
+    token_tiles = torch.empty(tiles.max_tiles(M, G, TOKEN_TILE), 4, dtype=torch.int32, device="cuda")
+    tiles.map_tiles(offs, M, TOKEN_TILE, token_tiles, groups)
+
+    def launch_tokens(t: GemmTiles) -> None:
+        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, t, programs, transposed)
+
+    return launch_tokens
+
+
+def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
+    """The fastest candidate; prints what each took."""
+    logs: dict[GemmTiles, float] = {}
+    for name in CLASSES[shape_class]:
+        shape = ALL[name]
+        if shape_class == "few":
+            shape = shape._replace(M=128 * shape.G)
+        launch = problem(kernel, element, shape, torch.float32 if shape_class == "heavy" else torch.bfloat16)
+        for t in candidates(element):
+            try:
+                ms = do_bench(lambda t=t, launch=launch: launch(t), warmup=10, rep=40, return_mode="median")
+            except OutOfResources:
+                ms = math.inf
+            logs[t] = logs.get(t, 0.0) + math.log(ms)
+        del launch
+        torch.cuda.empty_cache()
+    ranked = sorted(logs, key=lambda t: logs[t])
+    for t in ranked[:3]:
+        print(
+            f"{kernel} {element} {shape_class} {math.exp(logs[t] / len(CLASSES[shape_class])):.3f} ms {t}", flush=True
+        )
+    return ranked[0]
+
+
+def write(arch: str, found: dict[tuple[str, str, str], GemmTiles]) -> None:
+    """Put the lines into tuning.toml; its comment and the other architectures' lines stay."""
+    data = {a: {k: {e: dict(c) for e, c in es.items()} for k, es in ks.items()} for a, ks in tuning.table().items()}
+    for (kernel, element, shape_class), t in found.items():
+        data.setdefault(arch, {}).setdefault(kernel, {}).setdefault(element, {})[shape_class] = t
+    comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), tuning.TABLE.open()))
+    lines = [comment]
+    for arch_name, kernels in data.items():
+        for kernel, elements in kernels.items():
+            for element, classes in elements.items():
+                lines.append(f"\n[{arch_name}.{kernel}.{element}]\n")
+                for shape_class, t in classes.items():
+                    fields = ", ".join(f"{k} = {v}" for k, v in asdict(t).items())
+                    lines.append(f"{shape_class} = {{ {fields} }}\n")
+    tuning.TABLE.write_text("".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", default="grouped_mm,grouped_mm_tokens")
+    parser.add_argument("--elements", help="fp8,bf16 (default: what this GPU's table has)")
+    parser.add_argument("--classes", default=",".join(CLASSES))
+    args = parser.parse_args()
+    capability = torch.cuda.get_device_capability()
+    own = tuning.table()[tuning.arch(capability)]
+    found = {}
+    for kernel in args.kernels.split(","):
+        for element in args.elements.split(",") if args.elements else own[kernel]:
+            for shape_class in args.classes.split(","):
+                found[kernel, element, shape_class] = best(kernel, element, shape_class)
+    write(f"sm{capability[0] * 10 + capability[1]}", found)
+    print(f"wrote {len(found)} lines to {tuning.TABLE}")
+
+
+if __name__ == "__main__":
+    main()
