@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from xmoe.config import (
     ScaleCalculationMode,
     config_from_key,
 )
-from xmoe.torch_backend import ops
+from xmoe.torch_backend import ops  # noqa: F401 (registers torch.ops.xmoe)
 
 _BF16_KEY = BF16GroupedMMConfig().to_key()
 
@@ -87,19 +88,12 @@ _to_mxfp8_then_scaled_grouped_mm = to_mxfp8_then_scaled_grouped_mm
 
 
 @lru_cache(maxsize=1024)
-def _config(cls: type[GroupedMMConfig], **fields: object) -> GroupedMMConfig:
+def _config(cls: type[GroupedMMConfig], **fields: Any) -> GroupedMMConfig:
     return cls(**fields)
 
 
 @lru_cache(maxsize=1024)
 def key_with_out_dtype(config_key: str, out_dtype: torch.dtype) -> str:
     """The key of the same config with another output dtype."""
-    return dataclasses.replace(config_from_key(config_key), out_dtype=out_dtype).to_key()
-
-
-__all__ = [
-    "ops",
-    "scaled_grouped_mm",
-    "to_fp8_rowwise_then_scaled_grouped_mm",
-    "to_mxfp8_then_scaled_grouped_mm",
-]
+    neutral: Any = out_dtype  # the config holds its name
+    return dataclasses.replace(config_from_key(config_key), out_dtype=neutral).to_key()

@@ -27,13 +27,11 @@ _COPIES = (
 )
 _WRAPPED: frozenset[Callable[..., Any]] = frozenset(
     [
-        *(
-            f
-            for space in (torch.Tensor, torch)
-            for name in _VIEWS + _COPIES
-            if callable(f := getattr(space, name, None))
-        ),
-        *(torch.Tensor.__getitem__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__),
+        *(getattr(torch.Tensor, name) for name in _VIEWS + _COPIES if hasattr(torch.Tensor, name)),
+        *(getattr(torch, name) for name in _VIEWS if hasattr(torch, name)),
+        *(torch.clone, torch.empty_like),
+        *(getattr(torch.Tensor, name).__get__ for name in ("data", "mT")),
+        torch.Tensor.__getitem__,
         *(torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default),
     ]
 )
@@ -92,7 +90,7 @@ class ScaledGroupedMMTensor(torch.Tensor):
                 return type(out)([x.as_subclass(cls) for x in out])
             return out.as_subclass(cls)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ScaledGroupedMMTensor":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) in memo:
             return memo[id(self)]
         if not self.is_leaf:
@@ -175,7 +173,9 @@ def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **kwargs: Any) ->
     ``__torch_function__`` off, and so would a forward that activation checkpointing recomputes in it."""
 
     def plain(xs: Any) -> Any:
-        return unwrap(xs) if isinstance(xs, Tensor) or xs is None else [unwrap(x) for x in xs]
+        if isinstance(xs, list | tuple):
+            return [plain(x) for x in xs]
+        return unwrap(xs) if isinstance(xs, Tensor) else xs
 
     def edge(x: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
