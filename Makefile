@@ -11,6 +11,7 @@ ARGS =
 
 ifeq ($(strip $(VENV)),)
 PY = $(PYTHON)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY = $(VENV)/bin/python
 TRAIN_READY = $(VENV)/.ready-train
