@@ -378,7 +378,8 @@ def _elements(operand: Operand) -> jax.Array:
 
 
 def _round_to_bf16(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.bfloat16).astype(jnp.float32)
+    """As float32. (Two casts would not do: XLA may take them for excess precision, and drop them.)"""
+    return jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
 
 
 def _dot_last(x: jax.Array, y: jax.Array) -> jax.Array:

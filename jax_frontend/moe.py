@@ -87,6 +87,9 @@ class MoE(nnx.Module):
     ``shared.w1.weight`` and so on. Where two experts score the same, this layer takes the one with the lower index
     (`jax.lax.top_k`); PyTorch promises no order.
 
+    In bfloat16 XLA keeps some intermediate results in float32. Under ``xla_allow_excess_precision=False`` it rounds
+    where PyTorch does.
+
     Args:
         dim, hidden_dim: D and H, multiples of 16.
         num_experts, top_k: E and k.
@@ -135,7 +138,7 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``(y, load_balance_loss)`` of x [..., D]: y like x, and a float32 scalar (Switch Transformer, equation 4)."""
         tokens = x.reshape(-1, x.shape[-1])
-        T, k = tokens.shape[0], self.top_k
+        (T, D), k = tokens.shape, self.top_k
         router = self.router.weight[...].astype(jnp.float32)
         logits = jnp.matmul(tokens.astype(jnp.float32), router.T, precision=jax.lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits, axis=-1)  # [T, E]
@@ -147,7 +150,7 @@ class MoE(nnx.Module):
         order = jnp.argsort(chosen, stable=True)
         group_sizes = jnp.bincount(chosen, length=self.num_experts).astype(jnp.int32)
         routed = self.experts(tokens.astype(self.dtype)[order // k], group_sizes)
-        routed = jnp.zeros_like(routed).at[order].set(routed, unique_indices=True).reshape(T, k, -1)
+        routed = jnp.zeros_like(routed).at[order].set(routed, unique_indices=True).reshape(T, k, D)
         y = (routed.astype(jnp.float32) * scores[..., None]).sum(axis=1).astype(x.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens.astype(self.dtype)).astype(x.dtype)

@@ -1,0 +1,139 @@
+"""The Flax MoE layer: its math against a loop over tokens, its configs, its parameters; weights to and from PyTorch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from xmoe import FqnToConfig, oracle
+from xmoe.config import config_from_recipe
+from xmoe.jax_frontend import MoE, from_torch, to_torch
+
+D, H, E, k, T = 32, 48, 4, 2, 30
+
+
+def layer(seed: int = 0, **options: Any) -> MoE:
+    return MoE(D, H, E, k, **{"dtype": jnp.float32, **options}, rngs=nnx.Rngs(seed))
+
+
+def tokens(dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (2, T // 2, D), dtype)
+
+
+apply = nnx.jit(lambda moe, x: moe(x))
+
+
+def swiglu(x: np.ndarray, w1: np.ndarray, w2: np.ndarray, w3: np.ndarray) -> np.ndarray:
+    gate = w1 @ x
+    return w2 @ (gate / (1 + np.exp(-gate)) * (w3 @ x))
+
+
+@pytest.mark.parametrize("shared", [None, 16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_math(shared: int | None, normalize: bool) -> None:
+    moe, x = layer(shared_hidden_dim=shared, normalize_scores=normalize), tokens()
+    w = {name: tensor.double().numpy() for name, tensor in to_torch(moe).items()}
+    want, counts, mean = np.zeros((T, D)), np.zeros(E), np.zeros(E)
+    for t, row in enumerate(np.asarray(x, np.float64).reshape(T, D)):
+        p = np.exp(w["router.weight"] @ row)
+        p /= p.sum()
+        chosen = np.argsort(-p)[:k]
+        counts[chosen] += 1 / (T * k)
+        mean += p / T
+        for e in chosen:
+            score = p[e] / p[chosen].sum() if normalize else p[e]
+            want[t] += score * swiglu(row, *(w[f"experts.w{i}"][e] for i in (1, 2, 3)))
+        if shared:
+            want[t] += swiglu(row, *(w[f"shared.w{i}.weight"] for i in (1, 2, 3)))
+    y, load_balance_loss = apply(moe, x)
+    assert (y.shape, y.dtype, load_balance_loss.dtype) == (x.shape, x.dtype, jnp.float32)
+    assert oracle.sqnr(want.reshape(x.shape), y) >= 120
+    np.testing.assert_allclose(load_balance_loss, E * (counts * mean).sum(), rtol=1e-5)
+
+
+def test_experts_may_be_idle_and_tokens_absent() -> None:
+    moe = layer(config="fp8_rowwise")
+    moe.router.weight[...] = moe.router.weight[...].at[:2].set(0).at[2:].set(-1)
+    y, load_balance_loss = apply(moe, jnp.ones((T, D)))
+    np.testing.assert_allclose(load_balance_loss, E / 2, rtol=1e-5)  # two experts have everything
+    assert jnp.isfinite(y).all()
+    y, load_balance_loss = apply(moe, jnp.ones((0, D)))
+    assert (y.shape, float(load_balance_loss)) == ((0, D), 0.0)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_rceil"])
+def test_gradients_follow_the_unquantized_layers(recipe: str) -> None:
+    x = tokens(jnp.bfloat16)
+    grads = nnx.jit(nnx.grad(lambda moe, x: (moe(x)[0].astype(jnp.float32) ** 2).mean()))
+    want, got = grads(layer(dtype=jnp.float32), x), grads(layer(dtype=jnp.bfloat16, config=recipe), x)
+    for (name, reference), (_, gradient) in zip(nnx.to_flat_state(want), nnx.to_flat_state(got), strict=True):
+        assert gradient[...].dtype == jnp.float32
+        noise = oracle.sqnr(reference[...], gradient[...])
+        assert noise >= (30 if recipe == "bf16" else 18), name
+
+
+def test_config_by_parameter_path() -> None:
+    fp8 = config_from_recipe("fp8_rowwise")
+    config = FqnToConfig({"layers.0.moe.experts.w2": None, "re:layers\\..*\\.experts": fp8})
+    moe = layer(config=config, path="layers.0.moe")
+    assert dict(moe.experts.configs) == {"w1": fp8, "w2": None, "w3": fp8}
+    assert set(layer(config=config, path="other").experts.configs.values()) == {None}
+    assert set(layer(config="fp8_rowwise").experts.configs.values()) == {fp8}
+    by_name, x = layer(config=FqnToConfig({"experts": "fp8_rowwise"})), tokens()
+    np.testing.assert_array_equal(apply(by_name, x)[0], apply(layer(config="fp8_rowwise"), x)[0])
+    assert not np.array_equal(apply(moe, x)[0], apply(by_name, x)[0])
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"top_k=5 .* num_experts=4"):
+        MoE(D, H, E, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"hidden_dim=40 .* multiple of 16"):
+        MoE(D, 40, E, k, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="recipe='fp4' is not known"):
+        layer(config="fp4")
+
+
+def test_weights_share_memory_with_pytorch_both_ways() -> None:
+    moe = layer(shared_hidden_dim=16)
+    state_dict = to_torch(moe)
+    assert {name: tuple(tensor.shape) for name, tensor in state_dict.items()} == {
+        "router.weight": (E, D),
+        "experts.w1": (E, H, D),
+        "experts.w2": (E, D, H),
+        "experts.w3": (E, H, D),
+        "shared.w1.weight": (16, D),
+        "shared.w2.weight": (D, 16),
+        "shared.w3.weight": (16, D),
+    }
+    assert state_dict["experts.w1"].data_ptr() == moe.experts.w1[...].unsafe_buffer_pointer()
+    assert to_torch(nnx.state(moe, nnx.Param)).keys() == state_dict.keys()
+
+    changed = {name: torch.nn.Parameter(2 * tensor) for name, tensor in state_dict.items()}
+    arrays = from_torch(changed)
+    for name, tensor in changed.items():
+        array = arrays
+        for part in name.split("."):
+            array = array[part]
+        assert array.unsafe_buffer_pointer() == tensor.data_ptr(), name  # all of them lie at multiples of 64 bytes
+    before = moe.experts.w2[...]
+    nnx.update(moe, arrays)
+    np.testing.assert_array_equal(moe.experts.w2[...], 2 * before)
+
+
+def test_unaligned_weights_are_copied() -> None:
+    weight = torch.arange(65, dtype=torch.float32)[1:]
+    array = from_torch({"blocks.0.weight": weight})["blocks"][0]["weight"]
+    assert weight.data_ptr() % 64 == 4
+    assert array.unsafe_buffer_pointer() != weight.data_ptr()
+    np.testing.assert_array_equal(array, weight.numpy())
+
+
+def test_weights_of_other_dtypes() -> None:
+    moe = MoE(D, H, E, k, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    state_dict = to_torch(moe)
+    assert {tensor.dtype for tensor in state_dict.values()} == {torch.bfloat16}
+    assert {array.dtype.name for array in jax.tree.leaves(from_torch(state_dict))} == {"bfloat16"}
