@@ -14,9 +14,7 @@ from xmoe import cli
 from xmoe.train import run
 from xmoe.train.config import TrainConfig
 
-TINY = (
-    "--steps=4 --batch-size=2 --seq-len=32 --device=cpu --checkpoint-every=2 --compute-dtype=float32".split()
-)  # fmt: skip
+TINY = ("--steps=4", "--batch-size=2", "--seq-len=32", "--device=cpu", "--checkpoint-every=2")
 SETTINGS = "[train]\nlayers = 1\ndim = 32\nheads = 2\nnum_experts = 4\nhidden_dim = 32\neval_batches = 2\n"
 
 

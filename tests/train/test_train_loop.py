@@ -134,6 +134,6 @@ def test_finished_run_only_evaluates(config: TrainConfig, corpus: Corpus, folder
 
 
 def test_loss_that_is_not_finite_stops_the_run(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> None:
-    with pytest.raises(UserError, match="the loss is nan at step 3; lower learning_rate, now 0.003"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 3; lower learning_rate, now 0\.003"):
         train(config, Stops("nan"), corpus, folder)
     assert [step for step, _ in losses(folder)] == [1, 2]

@@ -73,7 +73,7 @@ class RunFolder:
         try:
             with safetensors.safe_open(self.checkpoint, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             step = int(metadata["step"])
         except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             message = f"{self.checkpoint}: not a checkpoint of xmoe ({error}); start again without --resume"

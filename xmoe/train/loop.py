@@ -15,6 +15,7 @@ from xmoe.train.checkpoint import Result, RunFolder, State
 from xmoe.train.config import TrainConfig
 from xmoe.train.data import Corpus
 from xmoe.train.files import UserError
+from xmoe.train.screen import TrainProgress
 
 LAST_STEPS = 20
 """The training loss reported is the mean over this many last steps."""
@@ -71,37 +72,43 @@ def train(config: TrainConfig, learner: Learner, corpus: Corpus, folder: RunFold
         folder.log(step=step, heldout_loss=loss)
         return loss
 
-    with _Progress(config, folder, start) as progress, _interrupt_flag() as interrupted:
-        clock, pending = time.perf_counter(), None
+    tokens = config.batch_size * config.seq_len
+    with (
+        TrainProgress(f"{folder.framework} {folder.recipe}", config.steps, start, tokens) as progress,
+        _interrupt_flag() as interrupted,
+    ):
+        pending: tuple[int, float, float, SupportsFloat] | None = None
 
         def settle() -> None:
-            """Wait for the step in flight and log it."""
-            nonlocal clock, pending
+            """Log the step that is pending, once its loss is known."""
+            nonlocal pending
             if pending is None:
                 return
-            step, learning_rate, loss = pending[0], pending[1], float(pending[2])
-            now = time.perf_counter()
+            step, learning_rate, seconds, loss = *pending[:3], float(pending[3])
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step}; lower learning_rate, now {config.learning_rate}")
-            folder.log(step=step, loss=loss, learning_rate=learning_rate, seconds=round(now - clock, 6))
-            progress.update(step, loss, now - clock)
-            clock, pending = now, None
+            folder.log(step=step, loss=loss, learning_rate=learning_rate, seconds=round(seconds, 6))
+            progress.update(step, loss, seconds)
+            pending = None
 
         for step in range(start + 1, config.steps + 1):
+            began = time.perf_counter()
             learning_rate = config.learning_rate_at(step - 1)
             loss = learner.step(corpus.batch(config.seed, step, config.batch_size, config.seq_len), learning_rate)
             settle()  # the step before: reading a loss one step late keeps the device busy
-            pending = step, learning_rate, loss
             evaluates = config.eval_every and step % config.eval_every == 0 and step < config.steps
-            saves = step % config.checkpoint_every == 0 or step == config.steps or interrupted.is_set()
+            stops = interrupted.is_set()
+            saves = step % config.checkpoint_every == 0 or step == config.steps or stops
+            if evaluates or saves:
+                float(loss)  # waits, so that neither counts as the step's time
+            pending = step, learning_rate, time.perf_counter() - began, loss
             if evaluates or saves:
                 settle()
-                if evaluates:
-                    evaluate(step)
-                if saves:
-                    folder.save(learner.state(), step, corpus.digest)
-                clock = time.perf_counter()
-            if interrupted.is_set():
+            if evaluates:
+                evaluate(step)
+            if saves:
+                folder.save(learner.state(), step, corpus.digest)
+            if stops:
                 raise Interrupted(f"{folder.path.name} stopped after step {step}; continue with --resume")
 
     heldout_loss = evaluate(config.steps)
@@ -114,7 +121,7 @@ def train(config: TrainConfig, learner: Learner, corpus: Corpus, folder: RunFold
         steps=config.steps,
         loss=statistics.fmean(line["loss"] for line in lines[-LAST_STEPS:]),
         heldout_loss=heldout_loss,
-        tokens_per_second=config.batch_size * config.seq_len / seconds,
+        tokens_per_second=tokens / seconds,
         peak_memory=learner.peak_memory(),
     )
     folder.finish(result)
@@ -123,7 +130,7 @@ def train(config: TrainConfig, learner: Learner, corpus: Corpus, folder: RunFold
 
 @contextmanager
 def _interrupt_flag() -> Iterator[threading.Event]:
-    """An event that Ctrl-C (or a polite kill) sets instead of stopping the step midway. Main thread only, else inert."""
+    """An event that Ctrl-C or a polite kill sets, instead of stopping a step midway. Inert off the main thread."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -134,34 +141,3 @@ def _interrupt_flag() -> Iterator[threading.Event]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-class _Progress:
-    """A progress bar with loss and tokens/s."""
-
-    def __init__(self, config: TrainConfig, folder: RunFolder, start: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._tokens = config.batch_size * config.seq_len
-        self._progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeRemainingColumn(),
-            expand=True,
-        )
-        name = f"{folder.framework} {folder.recipe}"
-        self._task = self._progress.add_task(name, total=config.steps, completed=start, loss="-", rate="-")
-
-    def __enter__(self) -> "_Progress":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, step: int, loss: float, seconds: float) -> None:
-        rate = f"{self._tokens / seconds:,.0f}"
-        self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)

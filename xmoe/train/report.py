@@ -44,8 +44,9 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 def print_table(results: Sequence[Result]) -> None:
     """Print the table; losses are cross-entropy in nats per byte."""
-    from rich.console import Console
     from rich.table import Table
+
+    from xmoe.train.screen import make_console
 
     devices = ", ".join(dict.fromkeys(result.device for result in results))
     table = Table(title=f"{results[0].steps} steps on {devices}; losses in nats per byte")
@@ -53,9 +54,7 @@ def print_table(results: Sequence[Result]) -> None:
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows(results):
         table.add_row(*row)
-    console = Console()
-    # Off a terminal rich assumes 80 columns and would cut cells off.
-    Console(width=None if console.is_terminal else 120).print(table)
+    make_console().print(table)
 
 
 def loss_chart(results: Sequence[Result], metrics: Sequence[Sequence[dict[str, Any]]]) -> bytes:
