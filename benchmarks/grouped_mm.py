@@ -1,7 +1,7 @@
 """Grouped GEMM on one GPU: the bare fp8 forward beside torch's, and fwd + bwd of every recipe beside its peers.
 
-Random bf16 data, uneven groups (multiples of 32), medians, everything in one process; a system is timed only after its results agree
-with the oracle's arithmetic (the bf16 GEMM) to the accuracy of its format.
+Random bf16 data, uneven groups (multiples of 32), medians, everything in one process. A system is timed only after its
+results agree with the bf16 GEMM to the accuracy of its format.
 
     python -m benchmarks.grouped_mm [--shapes llama4_g8,deepseek_v3]
 """

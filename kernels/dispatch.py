@@ -65,12 +65,12 @@ def select(config: GroupedMMConfig, device: Device) -> Implementation:
     if preference is KernelPreference.EMULATED:
         return _emulated("asked for (kernel_preference=emulated)", "kernel_preference=auto takes the fastest")
 
-    on_cuda = device.type == "cuda" and device.capability is not None
-    if not on_cuda or device.capability < (8, 9):
+    capability = device.capability if device.type == "cuda" else None
+    if capability is None or capability < (8, 9):
         if preference is KernelPreference.AUTO:
-            if on_cuda:
-                return _emulated(f"{device} has no fp8 tensor cores", _GPU_ADVICE)
-            return _emulated("no CUDA device", _GPU_ADVICE)
+            return _emulated(
+                "no CUDA device" if capability is None else f"{device} has no fp8 tensor cores", _GPU_ADVICE
+            )
         raise UnsupportedError(
             f"kernel_preference={preference} cannot run {config.recipe} on {device}: it needs {_GPU}; "
             "use kernel_preference=auto or emulated"
@@ -94,9 +94,9 @@ def select(config: GroupedMMConfig, device: Device) -> Implementation:
     if fmt == "bf16":
         return Implementation("triton-bf16", "triton", "bf16", "bf16", "bf16 tensor cores")
     if fmt == "fp8_rowwise":
-        unit = {8: "mma", 9: "wgmma", 10: "tcgen05"}.get(device.capability[0], "mma")
+        unit = {8: "mma", 9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")
         return Implementation("triton-fp8", "triton", "fp8", wgrad or "fp8", f"fp8 {unit} on {device}")
-    if device.capability[0] == 10:
+    if capability[0] == 10:
         return Implementation("triton-mx", "triton", "mx", wgrad or "mx", f"block-scaled tcgen05 on {device}")
     return Implementation(
         "triton-mx-via-bf16", "triton", "bf16", "bf16",

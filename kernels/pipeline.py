@@ -368,7 +368,8 @@ def _emulated_backward(config: GroupedMMConfig, dOut, A_saved, B, offs: torch.Te
         if saves_input(config):
             emulation.grouped_mm_tokens_bf16(A_saved[0], dOut, offs, out=outputs["dB"])
         else:
-            a = QuantizedOperand(*A_saved, "tokens", fmt)
+            data, scale = A_saved
+            a = QuantizedOperand(data, scale, "tokens", fmt)
             emulation.grouped_mm_tokens(a, emulation.quantize_tokens(dOut, offs, fmt), ends, out=outputs["dB"])
 
 

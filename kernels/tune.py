@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import cast
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -20,7 +21,7 @@ from xmoe.operands import TOKEN_TILE, padded_tokens
 from xmoe.shapes import ALL, Shape, offsets
 
 CLASSES = {
-    "many": ("llama4_g8", "deepseek_v3_g8", "qwen3_30b_a3b"),
+    "many": ("llama4_g8", "deepseek_v3_g8"),
     "few": ("llama4_g16", "deepseek_v3_g32", "qwen3_30b_a3b"),
     "heavy": ("llama4_g8", "deepseek_v3_g8"),
 }
@@ -89,8 +90,11 @@ def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
             shape = shape._replace(M=128 * shape.G)
         launch = problem(kernel, element, shape, torch.float32 if shape_class == "heavy" else torch.bfloat16)
         for t in candidates(element):
+            if shape_class == "heavy" and element == "fp8" and t.rows * t.cols > 128 * 128:
+                continue  # precise accumulation keeps two accumulators: these would spill
             try:
-                ms = do_bench(lambda t=t, launch=launch: launch(t), warmup=10, rep=40, return_mode="median")
+                timed = do_bench(lambda t=t, launch=launch: launch(t), warmup=10, rep=40, return_mode="median")
+                ms = cast(float, timed)
             except OutOfResources:
                 ms = math.inf
             logs[t] = logs.get(t, 0.0) + math.log(ms)
@@ -122,7 +126,7 @@ def write(arch: str, found: dict[tuple[str, str, str], GemmTiles]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kernels", default="grouped_mm,grouped_mm_tokens")
     parser.add_argument("--elements", help="fp8,bf16 (default: what this GPU's table has)")
     parser.add_argument("--classes", default=",".join(CLASSES))
