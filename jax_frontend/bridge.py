@@ -43,9 +43,10 @@ def backward(
     plan: Plan, dout: jax.Array, saved: Saved | None, rhs: jax.Array | None, offs: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """dlhs where ``rhs`` is given, drhs where ``saved`` is; None in place of the other."""
-    need = rhs is not None, saved is not None
-    grads = iter(_run(_backward_call(plan, *need), dout, *([rhs] if need[0] else []), *(saved or ()), offs))
-    return next(grads) if need[0] else None, next(grads) if need[1] else None
+    weights = () if rhs is None else (rhs,)
+    call = _backward_call(plan, need_dA=rhs is not None, need_dB=saved is not None)
+    grads = iter(_run(call, dout, *weights, *(saved or ()), offs))
+    return None if rhs is None else next(grads), None if saved is None else next(grads)
 
 
 def has_kernels(config: GroupedMMConfig, platform: str) -> bool:

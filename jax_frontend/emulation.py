@@ -8,7 +8,6 @@ Rounding and scale exponents are done on float32 bits, in integers: XLA's CPU ba
 to e4m3 do not saturate. Everything is traceable: the offsets stay on the device, every shape is static.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -198,7 +197,8 @@ def wgrad(saved: Saved, dOut: jax.Array, offs: jax.Array, config: GroupedMMConfi
     """dB [G, K, N] = A_g^T @ dOut_g under ``config``, from what `forward` saved of A."""
     if len(saved) == 1:
         return grouped_mm_tokens_bf16(saved[0], dOut, offs, out_dtype)
-    a = QuantizedOperand(*saved, "tokens", config.format)
+    data, scale = saved
+    a = QuantizedOperand(data, scale, "tokens", config.format)
     return grouped_mm_tokens(a, quantize_tokens(dOut, offs, config.format), offs, out_dtype)
 
 
@@ -389,8 +389,7 @@ def _dot_last(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
     """The axes of the enclosing `shard_map`'s mesh over which an array of these varies; none if check_vma=False."""
-    types = (jax.typeof(x) for x in arrays)
-    return functools.reduce(frozenset.union, (t.mat.varying for t in types), frozenset())
+    return frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
 
 
 def _zeros_varying_like(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *trees) -> jax.Array:
