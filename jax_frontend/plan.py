@@ -41,7 +41,8 @@ class Plan:
 
 def platform() -> str:
     """Of the device that a trace is for: "cpu", "gpu" or "tpu"; that is `jax.default_device`, as far as it is set."""
-    device: Any = jax.config.jax_default_device
+    config: Any = jax.config
+    device = config.jax_default_device
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return "gpu" if name in ("cuda", "gpu") else name
 
