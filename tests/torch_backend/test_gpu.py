@@ -7,7 +7,7 @@ import torch
 from tests.kernels.backends import arrays
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.shapes import offsets
-from xmoe.torch_backend import MoE, quantize_, scaled_grouped_mm
+from xmoe.torch_backend import MoE, ScaledGroupedMMTensor, quantize_, scaled_grouped_mm
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +47,8 @@ def test_expanded_gradient(recipe: str) -> None:
     assert oracle.sqnr(want, arrays(A.grad)) >= KERNEL_TIER_DB
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside inductor
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
 def test_compiled_moe_layer(recipe: str) -> None:
     """One graph, forward and backward, for any number of tokens; the same numbers as eager."""
@@ -101,9 +103,10 @@ def test_step_does_not_wait_and_replays(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil", "mxfp8_floor"])
-def test_moe_layer_learns_as_in_bf16(recipe: str) -> None:
-    """Twenty AdamW steps of a converted layer end within 2% of the plain one's loss."""
-    losses = []
+def test_moe_layer_learns(recipe: str) -> None:
+    """Twenty fused AdamW steps on one batch: the converted layer's loss falls at least 95% as far as the plain one's,
+    and its weights stay wrapped. (How training runs compare is for `xmoe train` to show.)"""
+    falls = []
     for converted in (False, True):
         torch.manual_seed(0)
         moe = MoE(128, 256, 4, 2).cuda()
@@ -113,11 +116,14 @@ def test_moe_layer_learns_as_in_bf16(recipe: str) -> None:
         optimizer = torch.optim.AdamW(moe.parameters(), lr=3e-3, fused=True)
         x = torch.randn(512, 128, device="cuda", dtype=torch.bfloat16)
         target = torch.randn(512, 128, device="cuda")
+        losses = []
         for _ in range(20):
             optimizer.zero_grad()
             y, aux = moe(x)
             loss = (y.float() - target).square().mean() + 0.01 * aux
             loss.backward()
             optimizer.step()
-        losses.append(loss.item())
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+            losses.append(loss.item())
+        falls.append(losses[0] - losses[-1])
+    assert isinstance(moe.experts.w1, ScaledGroupedMMTensor)
+    assert falls[1] >= 0.95 * falls[0] > 0.5
