@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ class FlaxLearner:
                 config.weight_decay, mask={name: is_decayed(p.shape) for name, p in self._parameters.items()}
             ),
         )
-        self._moments = self._optimizer.init(self._parameters)
+        self._moments: Any = self._optimizer.init(self._parameters)  # optax has no narrower type for it
 
     def step(self, tokens: np.ndarray, learning_rate: float) -> jax.Array:
         self._parameters, self._moments, loss = self._step(

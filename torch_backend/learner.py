@@ -1,6 +1,6 @@
 """The training job's learner in PyTorch (``xmoe.train.loop.Learner``)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class TorchLearner:
 
     @staticmethod
     @torch.no_grad()
-    def _copy(parameters: dict[str, Tensor], values: dict[str, np.ndarray]) -> None:
+    def _copy(parameters: Mapping[str, Tensor], values: dict[str, np.ndarray]) -> None:
         if parameters.keys() != values.keys():
             raise ValueError(
                 f"weights do not fit the model; they differ in {sorted(parameters.keys() ^ values.keys())}"

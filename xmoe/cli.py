@@ -66,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", metavar="NAME[,NAME...]", help="recipes to train with (default: bf16,fp8_rowwise)")
     train.add_argument("--data", metavar="FILE", nargs="+", help="text files to train on, the last tenth held out")
     train.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/train"), help="default: %(default)s")
-    train.add_argument("--resume", action="store_true", help="go on with the runs in --out; its config.toml applies")
-    train.add_argument("--overwrite", action="store_true", help="replace runs in --out made with other settings")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the runs in --out; its config.toml applies")
+    existing.add_argument("--overwrite", action="store_true", help="replace runs in --out made with other settings")
     train.add_argument("--config", metavar="FILE.toml", type=Path, help="settings; the options here go before its own")
     train.add_argument(
         "--preset", metavar="NAME", choices=("auto", "small", "base"), default="auto",

@@ -24,7 +24,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises UserError when that fails (a full disk); whatever was at ``path`` is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
             with open(temporary, "wb") as file:

@@ -93,7 +93,7 @@ def _check_out(config: TrainConfig, out: Path, folders: list[RunFolder], *, resu
     started = any(folder.checkpoint.exists() or folder.result.exists() for folder in folders)
     if resume and not (started and stored.exists()):
         raise UserError(f"--resume: {out} holds no checkpoint of these runs; leave --resume out to start them")
-    if not stored.exists() or (overwrite and not resume):
+    if overwrite or not stored.exists():
         return False
     if changed := TrainConfig.load(stored).differences(config):
         advice = "use the same settings" if resume else "choose another --out, or add --overwrite"
