@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from xmoe import cli
+from xmoe.config import RECIPES
 from xmoe.train import run
 from xmoe.train.config import TrainConfig
 
@@ -101,6 +102,42 @@ def test_options_go_before_the_file_and_the_file_before_the_preset(
     (config,) = configs
     assert (config.steps, config.seed, config.dim, config.batch_size) == (12, 5, 32, 32)
     assert (config.frameworks, config.recipes) == (("torch", "flax"), ("bf16",))
+
+
+@pytest.mark.parametrize(
+    ("answers", "device", "message"),
+    [
+        ({"torch": "cuda", "flax": "cuda"}, "auto", None),
+        ({"torch": "cpu", "flax": "cpu"}, "auto", None),
+        ({"torch": "cuda", "flax": "cpu"}, "auto", "flax finds no NVIDIA GPU; install a CUDA build of jax"),
+        ({"torch": "cpu"}, "cuda", "torch finds no NVIDIA GPU; install a CUDA build of torch, or add --device cpu"),
+    ],
+)
+def test_devices(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str], device: str, message: str | None) -> None:
+    capabilities = {"cuda": (9, 0), "cpu": None}
+
+    def probe(_: str, framework: str, **__: object) -> str:
+        kind = answers[framework]
+        return f"a library's chatter\n{json.dumps([kind, capabilities[kind]])}\n"
+
+    monkeypatch.setattr(run, "_worker", probe)
+    if message:
+        with pytest.raises(run.UserError, match=message):
+            run.find_devices(tuple(answers), device)
+        return
+    devices = run.find_devices(tuple(answers), device)
+    assert devices == {framework: (kind, capabilities[kind]) for framework, kind in answers.items()}
+    run.check_recipes(TrainConfig(recipes=RECIPES), devices)
+
+
+def test_a_gpu_gets_the_larger_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(run, "run", lambda config, *_, **__: configs.append(config) or sys.exit(0))
+    for kind, capability, dim in (("cuda", (9, 0), 512), ("cpu", None, 128)):
+        monkeypatch.setattr(run, "find_devices", lambda *_, found=(kind, capability): {"torch": found})
+        with pytest.raises(SystemExit):
+            cli.main(["train"])
+        assert configs.pop().dim == dim
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
