@@ -27,9 +27,10 @@ help: ## this list
 train: $(TRAIN_READY) ## train a small MoE on real text in PyTorch and in Flax, in bf16 and in fp8, and draw the curves
 	$(PY) -m xmoe train --framework both --recipe bf16,fp8_rowwise --out runs/demo --overwrite $(ARGS)
 
-# The kernels run in Triton's CPU interpreter and JAX stays on the CPU, also on a machine with a GPU.
+# The kernels run in Triton's CPU interpreter and JAX stays on the CPU, also on a machine with a GPU. OpenMP threads that
+# spin while they wait for work would take the cores from XLA's.
 test: $(DEV_READY) ## the tests, on the CPU
-	TRITON_INTERPRET=1 JAX_PLATFORMS=cpu $(PY) -m pytest -m "not gpu" $(ARGS)
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -m "not gpu" $(ARGS)
 
 test-gpu: $(DEV_READY) ## the tests that need a GPU
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu $(ARGS)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from tests.torch_backend.compiling import BACKEND
 from xmoe import RECIPES, config_from_recipe
 from xmoe.oracle import sqnr
 from xmoe.torch_backend import MoE, quantize_
@@ -138,13 +139,14 @@ def test_activation_checkpointing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside inductor
 @pytest.mark.parametrize("recipe", [None, "fp8_rowwise"])
 def test_compile(recipe: str | None) -> None:
     """The whole layer is one graph, forward and backward, for any number of tokens."""
     moe = layer(shared_hidden_dim=32)
     if recipe:
         quantize_(moe, config_from_recipe(recipe), filter_fn=lambda module, fqn: "experts" in fqn, verbose=False)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(moe, backend=counter, fullgraph=True)
     for T in (20, 33, 50):
         x = torch.randn(2, T, D, dtype=torch.bfloat16, requires_grad=True)

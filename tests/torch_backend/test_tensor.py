@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.torch_backend.compiling import BACKEND
 from xmoe.config import FP8GroupedMMConfig, MXFP8GroupedMMConfig, config_from_recipe
 from xmoe.torch_backend import ScaledGroupedMMTensor, scaled_grouped_mm
 
@@ -271,12 +272,13 @@ def test_functional_call() -> None:
     assert torch.equal(out, scaled_grouped_mm(A, plain(swapped["w"]).bfloat16().mT, OFFS, FP8).relu())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside inductor
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil_wgrad_with_hp"])
 def test_compile(recipe: str) -> None:
     """The interception is traced: no graph break, the op in the graph, gradients bit-equal to eager's."""
     config = config_from_recipe(recipe)
     model = Experts(nn.Parameter(ScaledGroupedMMTensor(torch.randn(4, 48, 64), config)))
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for M in (100, 120, 95):
         A = torch.randn(M, 64, dtype=torch.bfloat16, requires_grad=True)
