@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernels.backends import arrays
 from xmoe import RECIPES, config_from_recipe, oracle
@@ -54,7 +55,7 @@ def test_compiled_moe_layer(recipe: str) -> None:
     moe = MoE(128, 256, 4, 2).cuda()
     moe.init_weights(0.02)
     quantize_(moe, config_from_recipe(recipe), lambda module, fqn: "experts" in fqn, verbose=False)
-    compiles = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiles = CompileCounterWithBackend("inductor")
     compiled = torch.compile(moe, backend=compiles, fullgraph=True)
     for tokens in (64, 100, 36, 260):
         x = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16)
