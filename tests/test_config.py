@@ -28,6 +28,7 @@ from xmoe.config import (
     MXFP8GroupedMMConfig,
     MXFP8GroupedMMRecipe,
     ScaleCalculationMode,
+    as_config,
     config_from_key,
     config_from_recipe,
 )
@@ -306,3 +307,24 @@ def test_package_exports():
         assert hasattr(xmoe, name)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = xmoe.quantise
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_as_config(recipe):
+    config = config_from_recipe(recipe)
+    assert as_config(config) is config
+    assert as_config(recipe) == config
+    (member,) = (member for member in type(config).recipe_enum if member == recipe)
+    assert as_config(member) == config
+
+
+def test_as_config_of_nothing_is_the_baseline():
+    assert as_config(None) == BF16GroupedMMConfig()
+
+
+@pytest.mark.parametrize("value", [3, FP8GroupedMMConfig, {"recipe": "bf16"}])
+def test_as_config_refuses_other_things(value):
+    with pytest.raises(ValueError, match=r"^config=.* is not a config; give a GroupedMMConfig or one of bf16, "):
+        as_config(value)
+    with pytest.raises(ValueError, match=r"^recipe='fp9' is not known; use one of bf16, "):
+        as_config("fp9")

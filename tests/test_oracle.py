@@ -10,10 +10,9 @@ from hypothesis import given
 
 from xmoe import oracle
 from xmoe.config import config_from_recipe
-from xmoe.operands import MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
+from xmoe.operands import FORMATS, MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
 from xmoe.shapes import PATTERNS, offsets
 
-FORMATS = oracle.FORMATS
 MX_FORMATS = ("mxfp8_rceil", "mxfp8_floor")
 FLT_MAX = float(np.finfo(np.float32).max)
 

@@ -276,6 +276,20 @@ def config_from_recipe(recipe: StrEnum | str) -> GroupedMMConfig:
     return GroupedMMConfig.from_recipe(recipe)
 
 
+def as_config(config: Any) -> GroupedMMConfig:
+    """A config as it is, a recipe (enum member or name) as its config, None as the bfloat16 baseline.
+
+    Raises ValueError on anything else.
+    """
+    if config is None:
+        return BF16GroupedMMConfig()
+    if isinstance(config, GroupedMMConfig):
+        return config
+    if isinstance(config, str):
+        return config_from_recipe(config)
+    raise ValueError(f"config={config!r} is not a config; give a GroupedMMConfig or one of {', '.join(RECIPES)}")
+
+
 @cache
 def config_from_key(key: str) -> GroupedMMConfig:
     """The config that ``GroupedMMConfig.to_key`` wrote as ``key``. Cached: custom ops call it every time they run."""

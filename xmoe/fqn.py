@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from xmoe import toml
 from xmoe.config import GroupedMMConfig, quantize_table
+from xmoe.files import write_atomically
 
 DEFAULT = "_default"
 _REGEX = "re:"
@@ -146,14 +147,7 @@ class FqnToConfig:
 
 def save_toml(path: str | os.PathLike[str], config: GroupedMMConfig | FqnToConfig) -> None:
     """Writes the file that configures both frontends. A failed write (OSError) leaves an existing file as it was."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(config.to_toml(), encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(path, config.to_toml().encode())
 
 
 def load_toml(path: str | os.PathLike[str]) -> GroupedMMConfig | FqnToConfig:

@@ -5,6 +5,10 @@ from typing import Any, Generic, TypeVar
 
 Array = TypeVar("Array")
 
+FORMATS = ("fp8_rowwise", "mxfp8_rceil", "mxfp8_floor")
+"""Of quantized operands; a config's format may be "bf16" too."""
+FEATURE_MULTIPLE = 16
+"""K and N are multiples of this: 8-bit rows of 16 bytes, on every device (docs/design.md)."""
 TOKEN_TILE = 128
 """Each group's tokens start at a multiple of this in a wgrad operand (tokens)."""
 MX_BLOCK = 32
@@ -31,7 +35,7 @@ class QuantizedOperand(Generic[Array]):
     axis: str
     """The logical axis that one scale covers: "K", "N" or "tokens"."""
     format: str
-    """"fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor"."""
+    """One of FORMATS."""
 
     def map(self, fn: Any) -> "QuantizedOperand[Any]":
         """The same operand with ``fn`` applied to data and scale."""

@@ -14,13 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xmoe.config import GroupedMMConfig
-from xmoe.operands import MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
+from xmoe.operands import FORMATS, MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
 
 Array = NDArray[np.generic]
 Operand = QuantizedOperand[Array]
 Float64 = NDArray[np.float64]
-
-FORMATS = ("fp8_rowwise", "mxfp8_rceil", "mxfp8_floor")
 
 _INF_BITS = 0x7F800000
 _NAN_BITS = 0x7FC00000
