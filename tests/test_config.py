@@ -39,7 +39,7 @@ CLASSES = (BF16GroupedMMConfig, FP8GroupedMMConfig, MXFP8GroupedMMConfig)
 def all_configs():
     """Every combination of every field's values."""
     common = itertools.product(
-        KernelPreference, (None, "bfloat16", "float16", "float32"), (False, True), Accumulation, (False, True)
+        KernelPreference, (None, "bfloat16", "float32"), (False, True), Accumulation, (False, True)
     )
     for preference, out_dtype, hp, accumulation, debug in common:
         fields = {"kernel_preference": preference, "out_dtype": out_dtype, "accumulation": accumulation, "debug": debug}
@@ -148,7 +148,6 @@ def test_enum_fields_take_strings():
                 jnp.ones(1, "bfloat16").dtype,
             ],
         ),
-        ("float16", ["float16", "fp16", "half", torch.float16, torch.half, jnp.float16, np.float16, np.dtype("f2")]),
         ("float32", ["float32", "fp32", "float", torch.float32, torch.float, jnp.float32, np.float32, np.dtype("f4")]),
     ],
 )
@@ -157,9 +156,25 @@ def test_dtypes_become_one_neutral_name(name, dtypes):
         assert FP8GroupedMMConfig(out_dtype=dtype).out_dtype == name
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int8", torch.float8_e4m3fn, torch.float64, np.int32, float, 3, ""])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float64",
+        "float16",
+        torch.float16,
+        np.float16,
+        "garbage.bfloat16",
+        "int8",
+        torch.float8_e4m3fn,
+        torch.float64,
+        np.int32,
+        float,
+        3,
+        "",
+    ],
+)
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(ValueError, match=r"^out_dtype=.* not supported; use one of bfloat16, float16, float32$"):
+    with pytest.raises(ValueError, match=r"^out_dtype=.* not supported; use one of bfloat16, float32$"):
         FP8GroupedMMConfig(out_dtype=dtype)
 
 

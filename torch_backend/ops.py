@@ -17,8 +17,10 @@ from torch import Tensor
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
 from xmoe.kernels import pipeline
 from xmoe.kernels.dispatch import Device
+from xmoe.operands import FEATURE_MULTIPLE
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_TMA_BYTES = 16
 _Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 
@@ -67,10 +69,9 @@ def check_signature(
     if G < 1:
         raise ValueError(f"B_t has shape {tuple(B_shape)}; give at least one group")
     for name, size in (("K", K), ("N", N)):
-        if size < 16 or size % 16:
-            raise ValueError(
-                f"{name}={size} is not a positive multiple of 16; pad it to {max(16, -(-size // 16) * 16)}"
-            )
+        if size < FEATURE_MULTIPLE or size % FEATURE_MULTIPLE:
+            padded = max(1, -(-size // FEATURE_MULTIPLE)) * FEATURE_MULTIPLE
+            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it to {padded}")
     if offs_dtype != torch.int32:
         raise ValueError(f"offs is {offs_dtype}; cast it with offs.to(torch.int32)")
     if tuple(offs_shape) != (G,):
@@ -143,15 +144,22 @@ def grouped_mm_forward(
     if plan.config.debug:
         check_offsets(offs, A.shape[0])
     outputs, scratch = _allocate(plan.outputs, A.device), _allocate(plan.scratch, A.device)
-    pipeline.forward(plan.problem, plan.config, plan.view, A.contiguous(), _rows_or_columns(B), offs, outputs, scratch)
+    A, B, offs = _aligned(A.contiguous()), _aligned(B), offs.contiguous()
+    pipeline.forward(plan.problem, plan.config, plan.view, A, B, offs, outputs, scratch)
     if "a_tokens" in outputs:
         return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
     return outputs["out"], A.new_empty(0), A.new_empty(0)
 
 
-def _rows_or_columns(B: Tensor) -> Tensor:
-    """B with N or K contiguous: the strides that the kernels read."""
-    return B if B.stride(2) == 1 or B.stride(1) == 1 else B.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a contiguous copy of an x that TMA cannot read as it lies.
+
+    It can where one of the last two axes is contiguous and the first byte and the other strides are multiples of 16
+    bytes (CUDA driver API, ``cuTensorMapEncodeTiled``); a stride of 0, of an expanded axis, is none.
+    """
+    strides, multiple = x.stride(), _TMA_BYTES // x.element_size()
+    fits = 1 in strides[-2:] and strides.count(1) == 1 and all(s == 1 or (s > 0 and s % multiple == 0) for s in strides)
+    return x if fits and x.data_ptr() % _TMA_BYTES == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 _FAKE_VIEW = Device("meta")
@@ -231,10 +239,11 @@ def grouped_mm_backward(
         for name, shape, dtype in plan.outputs
     }
     scratch = _allocate(plan.scratch, device)
-    pipeline.backward(
-        plan.problem, plan.config, plan.view, dOut.contiguous(), tuple(A_saved), _rows_or_columns(B), offs, outputs,
-        scratch,
-    )  # fmt: skip
+    dOut, B, offs = _aligned(dOut.contiguous()), _aligned(B), offs.contiguous()
+    saved = tuple(A_saved)
+    if pipeline.saves_input(plan.config):
+        saved = tuple(_aligned(A.contiguous()) for A in saved)
+    pipeline.backward(plan.problem, plan.config, plan.view, dOut, saved, B, offs, outputs, scratch)
     return (
         outputs["dA"] if need_dA else dOut.new_empty(0, dtype=A_dtype),
         outputs["dB"] if need_dB else B.new_empty(0),

@@ -99,12 +99,13 @@ class GroupedMMConfig:
 
     kernel_preference: KernelPreference = KernelPreference.AUTO
     out_dtype: str | None = None
-    """Of the forward's output: "bfloat16", "float16" or "float32", or a torch, numpy or JAX dtype; None: that of A."""
+    """Of the forward's output: "bfloat16" or "float32", or that torch, numpy or JAX dtype; None: that of A."""
     wgrad_with_hp: bool = False
     """Compute the weight gradient from bfloat16 operands."""
     accumulation: Accumulation = Accumulation.FAST
     debug: bool = False
-    """Check the offsets at every call and raise on a bad one. Waits for the device: for debugging only."""
+    """Check the offsets at every call, which waits for the device: for debugging only. On a bad one PyTorch raises
+    ValueError and JAX logs an error: an exception on one shard would leave the others waiting for it."""
 
     _key: str = field(init=False, repr=False, compare=False)
 

@@ -1,13 +1,13 @@
-"""Framework-neutral dtype names: "bfloat16", "float16", "float32" from strings, torch, numpy and JAX dtypes."""
+"""Framework-neutral dtype names: "bfloat16" and "float32" from strings, torch, numpy and JAX dtypes."""
 
 from typing import Any
 
 import numpy as np
 
-HIGH_PRECISION = ("bfloat16", "float16", "float32")
+HIGH_PRECISION = ("bfloat16", "float32")
 """The dtypes of activations, weights, gradients and outputs."""
 
-_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
 def dtype_name(dtype: Any, argument: str = "dtype", accepted: tuple[str, ...] = HIGH_PRECISION) -> str:
@@ -18,7 +18,7 @@ def dtype_name(dtype: Any, argument: str = "dtype", accepted: tuple[str, ...] = 
     """
     text = str(dtype)
     if isinstance(dtype, str) or text.startswith("torch."):
-        name = text.rsplit(".", 1)[-1]
+        name = text.removeprefix("torch.")
         name = _ALIASES.get(name, name)
     else:
         try:

@@ -1,11 +1,14 @@
 """The PyTorch ops, the wrapper and the MoE layer on a GPU."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernels.backends import arrays
+from tests.torch_backend.layouts import LAYOUTS
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.shapes import offsets
 from xmoe.torch_backend import MoE, ScaledGroupedMMTensor, quantize_, scaled_grouped_mm
@@ -46,6 +49,22 @@ def test_expanded_gradient(recipe: str) -> None:
     scaled_grouped_mm(A, B.mT, offs, config_from_recipe(recipe)).sum().backward()
     want = oracle.dgrad(np.ones((M, N), np.float32), arrays(B.mT), offs.cpu().numpy(), config_from_recipe(recipe))
     assert oracle.sqnr(want, arrays(A.grad)) >= KERNEL_TIER_DB
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layout_of_the_inputs_does_not_matter(recipe: str, layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The same values as from contiguous inputs."""
+    A, W, offs, dOut = operands()
+    inputs = [layout(x.detach()) for x in (A, W.mT, dOut, offs)]
+    config = config_from_recipe(recipe)
+    runs = []
+    for a, b, d, ends in ([x.contiguous() for x in inputs], inputs):
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        out = scaled_grouped_mm(a, b, ends, config)
+        runs.append([out, *torch.autograd.grad(out, (a, b), d)])
+    for want, got in zip(*runs, strict=True):
+        assert oracle.sqnr(arrays(want), arrays(got)) >= KERNEL_TIER_DB
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor warns about torch, itself and the GPU

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from tests.torch_backend.layouts import LAYOUTS
 from xmoe import oracle, shapes
 from xmoe.config import RECIPES, FP8GroupedMMConfig, GroupedMMConfig, config_from_recipe
 from xmoe.torch_backend import (
     generate_jagged_offs,
+    ops,
     scaled_grouped_mm,
     to_fp8_rowwise_then_scaled_grouped_mm,
     to_mxfp8_then_scaled_grouped_mm,
@@ -131,15 +133,52 @@ def test_weight_gradient_has_the_layout_of_the_weight(transposed: bool) -> None:
     assert B.grad.stride() == B.stride()
 
 
-def test_strides_of_the_inputs_do_not_matter() -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layout_of_the_inputs_does_not_matter(
+    recipe: str, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same values as from contiguous inputs, which is what the kernels get to see where they multiply by TMA."""
     A, W, offs = problem()
-    wide, sparse = torch.randn(100, 128).bfloat16(), torch.randn(4, 48, 64, 2).bfloat16()
-    wide[:, ::2], sparse[..., 0] = A.detach(), W.detach()
-    expected = scaled_grouped_mm(A, W.mT, offs, FP8)
-    assert torch.equal(scaled_grouped_mm(wide[:, ::2], sparse[..., 0].mT, offs, FP8), expected)
-    (gradient,) = torch.autograd.grad(expected, A, torch.ones(1, dtype=torch.bfloat16).expand_as(expected))
-    (same,) = torch.autograd.grad(scaled_grouped_mm(A, W.mT, offs, FP8), A, torch.ones_like(expected))
-    assert torch.equal(gradient, same)
+    inputs = [layout(x.detach()) for x in (A, W.mT, torch.randn(100, 48).bfloat16(), offs)]
+    seen: list[Tensor] = []
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(ops.pipeline, name, recording(getattr(ops.pipeline, name), seen))
+    expected, got = (
+        forward_and_backward(config_from_recipe(recipe), *xs) for xs in ([x.contiguous() for x in inputs], inputs)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+    assert len(seen) > 6
+    for x in seen:
+        assert x.is_contiguous() or (x.ndim == 3 and x.mT.is_contiguous())
+        assert x.dtype != torch.bfloat16 or x.data_ptr() % 16 == 0
+
+
+def forward_and_backward(config: GroupedMMConfig, A: Tensor, B: Tensor, dOut: Tensor, offs: Tensor) -> list[Tensor]:
+    A, B = A.detach().requires_grad_(), B.detach().requires_grad_()
+    out = scaled_grouped_mm(A, B, offs, config)
+    return [out, *torch.autograd.grad(out, (A, B), dOut)]
+
+
+def recording(function: Callable[..., None], seen: list[Tensor]) -> Callable[..., None]:
+    """The function, with the tensors among its arguments kept in `seen`."""
+
+    def record(problem: Any, config: Any, device: Any, *args: Any) -> None:
+        for x in args[:-2]:  # outputs and scratch are the op's own
+            seen.extend(x if isinstance(x, tuple) else [x])
+        function(problem, config, device, *args)
+
+    return record
+
+
+def test_weights_that_tma_can_read_are_not_copied() -> None:
+    A, W, offs = problem()
+    seen: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops.pipeline, "forward", recording(ops.pipeline.forward, seen))
+        for B in (W.mT, W.mT.contiguous(), W.mT[..., :32], torch.cat([W, W], 1)[:, 48:].mT):
+            scaled_grouped_mm(A, B, offs, FP8)
+            assert any(x.data_ptr() == B.data_ptr() for x in seen)
 
 
 @pytest.mark.parametrize(("need_A", "need_W"), [(True, False), (False, True)])
