@@ -3,7 +3,8 @@
 T = tokens, D = model width, H = width of an expert, E = experts, k = experts of each token.
 """
 
-from typing import Any
+import logging
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError('xmoe.jax_frontend.MoE needs flax: pip install "xmoe[flax]"') from error
+    raise ImportError(f'xmoe.jax_frontend.MoE needs flax ({error}): pip install "xmoe[flax]"') from error
 
-from xmoe.config import GroupedMMConfig
-from xmoe.fqn import UNMATCHED, FqnToConfig
-from xmoe.jax_frontend.plan import as_config
+from xmoe.config import GroupedMMConfig, as_config
+from xmoe.fqn import UNMATCHED, FqnToConfig, Name, dotted
 from xmoe.jax_frontend.ragged_dot import ragged_dot
+from xmoe.operands import FEATURE_MULTIPLE
+
+_log = logging.getLogger(__name__)
 
 _linear_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
 _expert_init = nnx.initializers.variance_scaling(
@@ -48,6 +51,14 @@ class FeedForward(nnx.Module):
         return self.w2(_swiglu(self.w1(x), self.w3(x)))
 
 
+class ExpertConfigs(NamedTuple):
+    """The config of each weight, None for one left alone. Hashable, as a static argument of `jax.jit` must be."""
+
+    w1: GroupedMMConfig | None
+    w2: GroupedMMConfig | None
+    w3: GroupedMMConfig | None
+
+
 class Experts(nnx.Module):
     """E SwiGLU experts on tokens sorted by expert: ``w1``, ``w3`` [E, H, D] and ``w2`` [E, D, H]."""
 
@@ -57,7 +68,7 @@ class Experts(nnx.Module):
         hidden_dim: int,
         num_experts: int,
         *,
-        configs: dict[str, GroupedMMConfig | None],
+        configs: ExpertConfigs,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
@@ -72,7 +83,7 @@ class Experts(nnx.Module):
         return self._dot(hidden, "w2", group_sizes)
 
     def _dot(self, x: jax.Array, name: str, group_sizes: jax.Array) -> jax.Array:
-        weight, config = getattr(self, name)[...].astype(x.dtype), self.configs[name]
+        weight, config = getattr(self, name)[...].astype(x.dtype), getattr(self.configs, name)
         if config is None and x.dtype != jnp.bfloat16:  # left alone: the kernels would round to bfloat16
             highest = jax.lax.Precision.HIGHEST
             return jax.lax.ragged_dot(x, weight.swapaxes(1, 2), group_sizes, precision=highest)
@@ -87,18 +98,22 @@ class MoE(nnx.Module):
     ``shared.w1.weight`` and so on. Where two experts score the same, this layer takes the one with the lower index
     (`jax.lax.top_k`); PyTorch promises no order.
 
+    Weights begin at LeCun's normal initialisation: truncated, of variance 1 / fan-in. (The PyTorch layer draws all of
+    its weights from N(0, 0.02²).)
+
     In bfloat16 XLA keeps some intermediate results in float32. Under ``xla_allow_excess_precision=False`` it rounds
     where PyTorch does.
 
     Args:
         dim, hidden_dim: D and H, multiples of 16.
         num_experts, top_k: E and k.
-        shared_hidden_dim: the width of the shared expert; None: there is none.
+        shared_hidden_dim: the width of the shared expert; None or 0: there is none.
         normalize_scores: the scores of a token's k experts sum to 1.
         config: of the experts' GEMMs: a `GroupedMMConfig`, a recipe (enum or name), a `FqnToConfig`, or None to leave
-            them in ``dtype``.
-        path: this layer's name in its model, which the keys of a `FqnToConfig` begin with ("layers.0.moe").
-        dtype: the experts compute in it: bfloat16 or float32.
+            them in ``dtype``. A `FqnToConfig` that says nothing about any of them is logged as a warning.
+        path: this layer's name or path in its model, which the keys of a `FqnToConfig` begin with: "layers.0.moe" or
+            ("layers", 0, "moe").
+        dtype: the experts compute in it: bfloat16 or float32; None: in the dtype of the input, as in PyTorch.
         param_dtype: the parameters are stored in it.
 
     Raises:
@@ -115,30 +130,31 @@ class MoE(nnx.Module):
         shared_hidden_dim: int | None = None,
         normalize_scores: bool = True,
         config: Any = None,
-        path: str = "",
-        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        path: Name = "",
+        dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} is out of range; give 1 to num_experts={num_experts}")
         for name, size in (("dim", dim), ("hidden_dim", hidden_dim)):
-            if size <= 0 or size % 16:
-                raise ValueError(f"{name}={size} is not a positive multiple of 16; round it up")
+            if size <= 0 or size % FEATURE_MULTIPLE:
+                raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; round it up")
         self.num_experts, self.top_k, self.normalize_scores = num_experts, top_k, normalize_scores
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.router = Linear(dim, num_experts, param_dtype=param_dtype, rngs=rngs)
-        configs = {name: _resolve(config, f"{path}.experts.{name}") for name in ("w1", "w2", "w3")}
+        configs = _resolve(config, dotted(path))
         self.experts = Experts(dim, hidden_dim, num_experts, configs=configs, param_dtype=param_dtype, rngs=rngs)
-        if shared_hidden_dim is None:
-            self.shared = None
-        else:
+        if shared_hidden_dim:
             self.shared = FeedForward(dim, shared_hidden_dim, param_dtype=param_dtype, rngs=rngs)
+        else:
+            self.shared = None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``(y, load_balance_loss)`` of x [..., D]: y like x, and a float32 scalar (Switch Transformer, equation 4)."""
         tokens = x.reshape(-1, x.shape[-1])
         (T, D), k = tokens.shape, self.top_k
+        inputs = tokens if self.dtype is None else tokens.astype(self.dtype)
         router = self.router.weight[...].astype(jnp.float32)
         logits = jnp.matmul(tokens.astype(jnp.float32), router.T, precision=jax.lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits, axis=-1)  # [T, E]
@@ -149,11 +165,11 @@ class MoE(nnx.Module):
         chosen = chosen.reshape(-1)  # [T * k]
         order = jnp.argsort(chosen, stable=True)
         group_sizes = jnp.bincount(chosen, length=self.num_experts).astype(jnp.int32)
-        routed = self.experts(tokens.astype(self.dtype)[order // k], group_sizes)
+        routed = self.experts(inputs[order // k], group_sizes)
         routed = jnp.zeros_like(routed).at[order].set(routed, unique_indices=True).reshape(T, k, D)
         y = (routed.astype(jnp.float32) * scores[..., None]).sum(axis=1).astype(x.dtype)
         if self.shared is not None:
-            y = y + self.shared(tokens.astype(self.dtype)).astype(x.dtype)
+            y = y + self.shared(inputs).astype(x.dtype)
 
         fraction = group_sizes.astype(jnp.float32) / max(1, T * k)
         mean = probabilities.sum(axis=0) / max(1, T)
@@ -165,9 +181,18 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
-def _resolve(config: Any, parameter: str) -> GroupedMMConfig | None:
-    """The config of one parameter; None leaves it alone."""
-    if isinstance(config, FqnToConfig):
-        found = config.resolve(parameter.removeprefix("."))
-        return None if found is UNMATCHED else found
-    return None if config is None else as_config(config)
+def _resolve(config: Any, path: str) -> ExpertConfigs:
+    """The configs of the experts of the layer called ``path``."""
+    if not isinstance(config, FqnToConfig):
+        config = None if config is None else as_config(config)
+        return ExpertConfigs(config, config, config)
+    experts = f"{path}.experts".lstrip(".")
+    found = [config.resolve(f"{experts}.{name}") for name in ExpertConfigs._fields]
+    if all(c is UNMATCHED for c in found):
+        _log.warning(
+            "MoE: no key of config matches %s.w1, .w2 or .w3, so they stay unquantized; the keys are %s. Give path= "
+            "this layer's name in its model, or, if that is meant, the key '_default' with None",
+            experts,
+            ", ".join(map(repr, config.fqn_to_config)) or "none",
+        )
+    return ExpertConfigs(*(None if c is UNMATCHED else c for c in found))

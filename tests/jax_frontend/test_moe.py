@@ -1,5 +1,6 @@
 """The Flax MoE layer: its math against a loop over tokens, its configs, its parameters; weights to and from PyTorch."""
 
+import logging
 from typing import Any
 
 import jax
@@ -80,12 +81,47 @@ def test_config_by_parameter_path() -> None:
     fp8 = config_from_recipe("fp8_rowwise")
     config = FqnToConfig({"layers.0.moe.experts.w2": None, "re:layers\\..*\\.experts": fp8})
     moe = layer(config=config, path="layers.0.moe")
-    assert dict(moe.experts.configs) == {"w1": fp8, "w2": None, "w3": fp8}
-    assert set(layer(config=config, path="other").experts.configs.values()) == {None}
-    assert set(layer(config="fp8_rowwise").experts.configs.values()) == {fp8}
+    assert moe.experts.configs == (fp8, None, fp8)
+    assert layer(config=config, path=("layers", 0, "moe")).experts.configs == (fp8, None, fp8)
+    assert layer(config="fp8_rowwise").experts.configs == (fp8, fp8, fp8)
     by_name, x = layer(config=FqnToConfig({"experts": "fp8_rowwise"})), tokens()
     np.testing.assert_array_equal(apply(by_name, x)[0], apply(layer(config="fp8_rowwise"), x)[0])
     assert not np.array_equal(apply(moe, x)[0], apply(by_name, x)[0])
+
+
+def test_a_mapping_that_misses_the_layer_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    keys = {"layers.0.moe.experts": "fp8_rowwise"}
+    with caplog.at_level(logging.WARNING):
+        for said in (keys | {"other.experts.w2": None}, keys | {"_default": None}):
+            layer(config=FqnToConfig(said), path="other")
+        assert not caplog.records
+        assert set(layer(config=FqnToConfig(keys), path="other").experts.configs) == {None}
+    (record,) = caplog.records
+    assert "other.experts.w1" in record.getMessage()
+    assert "'layers.0.moe.experts'" in record.getMessage()
+
+
+def test_graphs_are_hashable() -> None:
+    """So that one can be a static argument."""
+    graph, state = nnx.split(layer(config="fp8_rowwise"))
+    assert hash(graph) == hash(nnx.split(layer(config="fp8_rowwise"))[0])
+    assert graph != nnx.split(layer(config="mxfp8_rceil"))[0]
+    f, x = jax.jit(lambda graph, state, x: nnx.merge(graph, state)(x), static_argnums=0), tokens()
+    np.testing.assert_array_equal(f(graph, state, x)[0], apply(nnx.merge(graph, state), x)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_computes_in_the_dtype_of_the_input_unless_told(dtype: Any) -> None:
+    x = tokens(dtype)
+    y = {d: apply(layer(dtype=d, shared_hidden_dim=16), x)[0] for d in (None, jnp.bfloat16, jnp.float32)}
+    assert {out.dtype for out in y.values()} == {x.dtype}
+    np.testing.assert_array_equal(y[None], y[dtype])
+    assert not np.array_equal(y[jnp.bfloat16], y[jnp.float32])
+
+
+def test_no_shared_expert() -> None:
+    for none in (None, 0):
+        assert not [name for name in to_torch(layer(shared_hidden_dim=none)) if name.startswith("shared")]
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -119,7 +119,7 @@ def test_moe_layers(recipe: str | None, dtype: str) -> None:
     only, or to 37 dB behind a quantizer; without it most of the tensors are bit-equal.
     """
     D, H, E, k, T = 32, 48, 4, 2, 60
-    flax_moe = xj.MoE(D, H, E, k, shared_hidden_dim=32, config=recipe, dtype=dtype, rngs=nnx.Rngs(0))
+    flax_moe = xj.MoE(D, H, E, k, shared_hidden_dim=32, config=recipe, rngs=nnx.Rngs(0))
     moe = xt.MoE(D, H, E, k, shared_hidden_dim=32)
     moe.load_state_dict(xj.to_torch(flax_moe))
     if recipe is not None:
