@@ -36,10 +36,13 @@ def uneven_offs(shape: Shape, device: str = "cuda") -> torch.Tensor:
 
 
 def shapes(names: Sequence[str]) -> list[Shape]:
-    """Shapes of the table by name or by prefix ("llama4")."""
-    found = [shape for name, shape in ALL.items() if any(name.startswith(n) for n in names)]
-    if not found:
-        raise SystemExit(f"--shapes {','.join(names)} matches nothing; names: {', '.join(ALL)}")
+    """Shapes of the table by name, or by the prefix of several ("llama4")."""
+    found = []
+    for name in names:
+        matches = [ALL[name]] if name in ALL else [shape for key, shape in ALL.items() if key.startswith(name)]
+        if not matches:
+            raise SystemExit(f"--shapes: {name!r} is not known; names: {', '.join(ALL)}")
+        found += matches
     return found
 
 

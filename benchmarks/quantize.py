@@ -47,10 +47,10 @@ def quantizers(shape: Shape) -> list[tuple[str, int, Callable[[], None]]]:
             scale_dtype = torch.float8_e8m0fnu if mx else torch.float32
             return data, torch.empty(scales, dtype=scale_dtype, device="cuda")
 
-        row_out = output(M, K, scales=(M, K // 32) if mx else (M,))
+        row_out = output(M, K, scales=(M, -(-K // 32)) if mx else (M,))
         token_out = output(K, Mp, scales=(K, Mp // 32) if mx else (G, K))
-        k_out = output(G, N, K, scales=(G, N, K // 32) if mx else (G, N))
-        n_out = output(G, K, N, scales=(G, K, N // 32) if mx else (G, K))
+        k_out = output(G, N, K, scales=(G, N, -(-K // 32)) if mx else (G, N))
+        n_out = output(G, K, N, scales=(G, K, -(-N // 32)) if mx else (G, K))
         k_amax, n_amax = scratch["amax"][:, :N].contiguous(), scratch["amax"][:, :K].contiguous()
         for name, x, out, launch in (
             ("rows", A, row_out, lambda f=fmt, o=row_out: quantize.quantize_rows(A, f, *o)),

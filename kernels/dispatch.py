@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from xmoe.config import GroupedMMConfig, KernelPreference
+from xmoe.config import Accumulation, GroupedMMConfig, KernelPreference
 
 Elements = Literal["fp8", "mx", "bf16"]
 
@@ -63,7 +63,7 @@ def select(config: GroupedMMConfig, device: Device) -> Implementation:
     """
     preference, fmt = config.kernel_preference, config.format
     if preference is KernelPreference.EMULATED:
-        return _emulated("asked for (kernel_preference=emulated)", "kernel_preference=auto takes the fastest")
+        return _emulated("asked for (kernel_preference=emulated)", "")
 
     capability = device.capability if device.type == "cuda" else None
     if capability is None or capability < (8, 9):
@@ -76,30 +76,33 @@ def select(config: GroupedMMConfig, device: Device) -> Implementation:
             "use kernel_preference=auto or emulated"
         )
 
-    wgrad = "bf16" if config.wgrad_with_hp else None
-    if preference is KernelPreference.TORCH:
-        if fmt == "fp8_rowwise":
-            return Implementation("torch-fp8", "torch", "fp8", wgrad or "fp8", "torch._scaled_grouped_mm, as asked")
-        if fmt == "bf16":
-            return Implementation("torch-bf16", "torch", "bf16", "bf16", "torch._grouped_mm, as asked")
-        raise UnsupportedError(
-            f"kernel_preference=torch cannot run {config.recipe}: xmoe has no entry for torch's MXFP8 grouped GEMM; "
-            "use kernel_preference=auto or triton"
-        )
-
     if not device.triton:
         if preference is KernelPreference.AUTO:
             return _emulated("Triton is not installed", "pip install triton")
-        raise UnsupportedError("kernel_preference=triton needs Triton: pip install triton")
+        raise UnsupportedError(f"kernel_preference={preference} needs Triton for the quantizers: pip install triton")
+
+    wgrad = "bf16" if config.wgrad_with_hp else None
+    if preference is KernelPreference.TORCH:
+        if fmt == "bf16":
+            return Implementation("torch-bf16", "torch", "bf16", "bf16", "torch._grouped_mm, as asked")
+        if fmt == "fp8_rowwise" and capability[0] == 9:
+            reason = "torch._scaled_grouped_mm, as asked; it rounds float32 outputs to bf16 first"
+            return Implementation("torch-fp8", "torch", "fp8", wgrad or "fp8", reason)
+        raise UnsupportedError(
+            f"kernel_preference=torch cannot run {config.recipe} on {device}: torch's scaled grouped GEMM is wired up "
+            "for fp8_rowwise on sm_90 only; use kernel_preference=auto or triton"
+        )
+
     if fmt == "bf16":
         return Implementation("triton-bf16", "triton", "bf16", "bf16", "bf16 tensor cores")
     if fmt == "fp8_rowwise":
-        unit = {8: "mma", 9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")
+        unit = {9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")
         return Implementation("triton-fp8", "triton", "fp8", wgrad or "fp8", f"fp8 {unit} on {device}")
-    if capability[0] == 10:
+    if capability[0] == 10 and config.accumulation is Accumulation.FAST:
         return Implementation("triton-mx", "triton", "mx", wgrad or "mx", f"block-scaled tcgen05 on {device}")
+    lacking = "precise accumulation" if capability[0] == 10 else f"block-scaled MMA for {device}"
     return Implementation(
         "triton-mx-via-bf16", "triton", "bf16", "bf16",
-        f"{device} has no block-scaled MMA: e4m3 x E8M0 is exact in bf16, so bf16 tensor cores give MXFP8's numerics",
+        f"no {lacking} here; e4m3 x E8M0 is exact in bf16, so bf16 MMAs have MXFP8's numerics",
         "sm_100 (B200) multiplies MXFP8 natively; fp8_rowwise is faster on this GPU",
     )  # fmt: skip

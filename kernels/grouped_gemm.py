@@ -78,7 +78,7 @@ def _grouped_mm(
                 b = b_desc.load([group, c, first_p]).reshape(BLOCK_C, BLOCK_P).T
             if SCALING == "mx":
                 a_scale = _mx_scales(a_scale_ptr, m, m < M, c, C, BLOCK_C)
-                b_scale = _mx_scales(b_scale_ptr, group * P + p, p < P, c, C, BLOCK_C)
+                b_scale = _mx_scales(b_scale_ptr, group.to(tl.int64) * P + p, p < P, c, C, BLOCK_C)
                 acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
             else:
                 acc = _multiply(a, b, acc, PRECISE)
@@ -187,6 +187,7 @@ def grouped_mm(
     (M, C), (G, P, _) = a.shape, b.shape
     if M == 0:
         return
+    assert a.is_contiguous(), f"strides {a.stride()}: a is contiguous"
     scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
     contraction_last = b.stride(2) == 1
     if contraction_last:
@@ -228,6 +229,11 @@ def grouped_mm_tokens(
     if M == 0:
         out.zero_()
         return
+    assert transposed is False or TOKEN_TILE % tuned.depth == 0, (
+        f"a depth of {tuned.depth} would leave a group's padding"
+    )
+    for x in (a, b):
+        assert x.is_contiguous(), f"strides {x.stride()}: wgrad operands are contiguous"
     scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
     if transposed:
         a_desc = TensorDescriptor(a, [P, M], [M, 1], [tuned.rows, tuned.depth])

@@ -7,6 +7,7 @@ where the dispatch table names torch's or the emulated GEMM, which allocate.
 M tokens, K contraction of the forward, N output features, G groups, Mp padded tokens (`xmoe.operands`).
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -109,10 +110,11 @@ def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, elements: El
     return specs, {}
 
 
-def _map(prefix: str, tile: int, p: Problem) -> dict[str, TensorSpec]:
+def _map(tile: int, p: Problem) -> dict[str, TensorSpec]:
+    """The map of `tile`-token tiles; GEMM and quantizer share it where their tiles are alike."""
     return {
-        f"{prefix}tiles": TensorSpec((max(1, tiles.max_tiles(p.M, p.G, tile)), tiles.TILE_FIELDS), "int32"),
-        f"{prefix}groups": TensorSpec((p.G + 1, tiles.TILE_FIELDS), "int32"),
+        f"tiles_{tile}": TensorSpec((max(1, tiles.max_tiles(p.M, p.G, tile)), tiles.TILE_FIELDS), "int32"),
+        f"groups_{tile}": TensorSpec((p.G + 1, tiles.TILE_FIELDS), "int32"),
     }
 
 
@@ -128,10 +130,10 @@ def forward_spec(problem: Problem, config: GroupedMMConfig, device: Device, save
         operand, scratch = _tokens("a_tokens", p.K, p, config, "fp8")
         spec.outputs.update(operand)
         if impl.gemm != "emulated":
-            spec.scratch.update(scratch | _map("token_", TOKEN_TILE, p))
+            spec.scratch.update(scratch | _map(TOKEN_TILE, p))
     if impl.gemm != "emulated":
         spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl) | _weights(p.N, p.K, p, config, impl))
-        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
+        spec.scratch.update(_map(_gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
     return spec
 
 
@@ -151,9 +153,9 @@ def backward_spec(
         return spec
     if need_dA:
         spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl) | _weights(p.K, p.N, p, config, impl))
-        spec.scratch.update(_map("", _gemm_tiles("grouped_mm", impl.elements, p, config, device, p.a_dtype).rows, p))
+        spec.scratch.update(_map(_gemm_tiles("grouped_mm", impl.elements, p, config, device, p.a_dtype).rows, p))
     if need_dB:
-        spec.scratch.update(_map("token_", TOKEN_TILE, p))
+        spec.scratch.update(_map(TOKEN_TILE, p))
         if saves_input(config):
             for name, C, dtype in (("a_hp", p.K, p.a_dtype), ("d_hp", p.N, p.out_dtype)):
                 if dtype != "bfloat16":
@@ -189,10 +191,13 @@ class _Call:
         self.offs, self.scratch = offs, scratch
         self.precise = config.accumulation is Accumulation.PRECISE
         self.programs = _programs(offs.device.index)
+        self.mapped: set[int] = set()
 
-    def map(self, prefix: str, M: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-        token_tiles, groups = self.scratch[f"{prefix}tiles"], self.scratch[f"{prefix}groups"]
-        tiles.map_tiles(self.offs, M, tile, token_tiles, groups)
+    def map(self, M: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        token_tiles, groups = self.scratch[f"tiles_{tile}"], self.scratch[f"groups_{tile}"]
+        if tile not in self.mapped:
+            tiles.map_tiles(self.offs, M, tile, token_tiles, groups)
+            self.mapped.add(tile)
         return token_tiles, groups
 
     def gemm_tiles(self, kernel: str, elements: Elements, out: torch.Tensor):
@@ -225,7 +230,7 @@ class _Call:
         tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
         a_data, a_scale = self.rows(name, a)
         b_data, b_scale = self.weights(b)
-        token_tiles, groups = self.map("", a.shape[0], tuned.rows)
+        token_tiles, groups = self.map(a.shape[0], tuned.rows)
         if self.implementation.gemm == "torch":
             _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
             return
@@ -244,6 +249,27 @@ class _Call:
         grouped_gemm.grouped_mm_tokens(
             a, a_scale, b, b_scale, groups, out, tuned, self.programs, transposed, self.precise
         )
+
+    def wgrad(self, A_saved: tuple[torch.Tensor, ...], dOut: torch.Tensor, dB: torch.Tensor) -> None:
+        map = self.map(dOut.shape[0], TOKEN_TILE)
+        if saves_input(self.config):
+            a, d = self.cast("a_hp", A_saved[0]), self.cast("d_hp", dOut)
+            self.grouped_mm_tokens(a, None, d, None, map[1], dB, transposed=False)
+            return
+        a, a_scale = A_saved
+        d, d_scale = self.scratch["d_tokens"], self.scratch.get("d_tokens_scale")
+        self.tokens("d_tokens", dOut, d, d_scale, map)
+        if "a_tokens_bf16" in self.scratch:
+            quantize.dequantize(a, a_scale, self.scratch["a_tokens_bf16"])
+            a, a_scale = self.scratch["a_tokens_bf16"], None
+        self.grouped_mm_tokens(a, a_scale, d, d_scale, map[1], dB, transposed=True)
+
+
+def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _ends(groups: torch.Tensor) -> torch.Tensor:
@@ -296,11 +322,12 @@ def forward(
     if select(config, device).gemm == "emulated":
         _emulated_forward(config, A, B, offs, outputs)
         return
-    call = _Call(problem, config, device, offs, scratch)
-    call.grouped_mm(A, B.mT, "a", outputs["out"])
-    if "a_tokens" in outputs:
-        map = call.map("token_", A.shape[0], TOKEN_TILE)
-        call.tokens("a_tokens", A, outputs["a_tokens"], outputs["a_tokens_scale"], map)
+    with _on_device(offs):
+        call = _Call(problem, config, device, offs, scratch)
+        call.grouped_mm(A, B.mT, "a", outputs["out"])
+        if "a_tokens" in outputs:
+            map = call.map(A.shape[0], TOKEN_TILE)
+            call.tokens("a_tokens", A, outputs["a_tokens"], outputs["a_tokens_scale"], map)
 
 
 def backward(
@@ -325,22 +352,12 @@ def backward(
     if select(config, device).gemm == "emulated":
         _emulated_backward(config, dOut, A_saved, B, offs, outputs)
         return
-    call = _Call(problem, config, device, offs, scratch)
-    if "dA" in outputs:
-        call.grouped_mm(dOut, B, "d", outputs["dA"])
-    if "dB" in outputs:
-        map = call.map("token_", dOut.shape[0], TOKEN_TILE)
-        if saves_input(config):
-            a, d = call.cast("a_hp", A_saved[0]), call.cast("d_hp", dOut)
-            call.grouped_mm_tokens(a, None, d, None, map[1], outputs["dB"], transposed=False)
-            return
-        a, a_scale = A_saved
-        d, d_scale = scratch["d_tokens"], scratch.get("d_tokens_scale")
-        call.tokens("d_tokens", dOut, d, d_scale, map)
-        if "a_tokens_bf16" in scratch:
-            quantize.dequantize(a, a_scale, scratch["a_tokens_bf16"])
-            a, a_scale = scratch["a_tokens_bf16"], None
-        call.grouped_mm_tokens(a, a_scale, d, d_scale, map[1], outputs["dB"], transposed=True)
+    with _on_device(offs):
+        call = _Call(problem, config, device, offs, scratch)
+        if "dA" in outputs:
+            call.grouped_mm(dOut, B, "d", outputs["dA"])
+        if "dB" in outputs:
+            call.wgrad(A_saved, dOut, outputs["dB"])
 
 
 def _emulated_forward(config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs: Tensors) -> None:
@@ -388,26 +405,38 @@ def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str,
 
 
 @lru_cache(maxsize=4096)
-def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device, backward_too: bool = True) -> None:
-    """Compile and load every kernel that `problem` will launch, so that a first launch may be recorded into a CUDA
-    graph. Runs the calls on two tokens of one expert; nothing off CUDA."""
+def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> None:
+    """Compile and load every kernel that `problem` will launch, forward and backward, with weights stored [G, K, N] or
+    [G, N, K], so that a first launch may be recorded into a CUDA graph. Runs the calls on 16 tokens of one expert;
+    does nothing off CUDA."""
     if device.type != "cuda":
         return
     view = device_of(device.type, device.index)
-    small = replace(problem, M=16, G=1)
-    A = torch.zeros(16, problem.K, dtype=getattr(torch, problem.a_dtype), device=device)
+    if select(config, view).gemm == "emulated":
+        return
+    M = 16
+    small = replace(problem, M=M, G=1)
+    names = {**forward_spec(problem, config, view).scratch, **backward_spec(problem, config, view).scratch}
+    used = {int(name.removeprefix("tiles_")) for name in names if name.startswith("tiles_")}
+    maps = {tile: allocate(_map(tile, replace(problem, M=M)), device) for tile in used}
+    shared = {name: tensor for map in maps.values() for name, tensor in map.items()}
+
+    A = torch.zeros(M, problem.K, dtype=getattr(torch, problem.a_dtype), device=device)
     B = torch.zeros(1, problem.K, problem.N, dtype=getattr(torch, problem.b_dtype), device=device)
-    dOut = torch.zeros(16, problem.N, dtype=getattr(torch, problem.out_dtype), device=device)
-    offs = torch.full((1,), 16, dtype=torch.int32, device=device)
+    dOut = torch.zeros(M, problem.N, dtype=getattr(torch, problem.out_dtype), device=device)
+    offs = torch.full((1,), M, dtype=torch.int32, device=device)
     for b in (B, B.mT.contiguous().mT):
         spec = forward_spec(small, config, view)
         outputs = allocate(spec.outputs, device)
-        forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch, device))
-        if backward_too:
-            saved = (A,) if saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
-            spec = backward_spec(small, config, view)
-            grads = allocate(spec.outputs, device)
-            if b is not B:
-                grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
-            backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch, device))
+        forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch, device) | shared)
+        saved = (A,) if saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
+        spec = backward_spec(small, config, view)
+        grads = allocate(spec.outputs, device)
+        if b is not B:
+            grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
+        backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch, device) | shared)
+    with _on_device(offs):
+        for tile, map in maps.items():  # the one kernel that is specialised by G
+            no_tokens = torch.zeros(problem.G, dtype=torch.int32, device=device)
+            tiles.map_tiles(no_tokens, M, tile, map[f"tiles_{tile}"], map[f"groups_{tile}"])
     torch.cuda.synchronize(device)

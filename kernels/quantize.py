@@ -40,7 +40,7 @@ def _row_blocks(C: int) -> tuple[int, int]:
     """Two powers of two that cover a row of C: 5120 = 4096 + 1024, where one block of 8192 would idle a third of its
     lanes (2.9 TB/s)."""
     first = 1 << (C.bit_length() - 1)
-    return first, triton.next_power_of_2(C - first) if first < C else 0
+    return first, 1 << (C - first - 1).bit_length() if first < C else 0
 
 
 @triton.jit
@@ -66,17 +66,17 @@ def _mx_block(x, amax, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr, HARDWARE: 
     return out, byte
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["P"])
 def _rows_fp8(
-    x_ptr, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, scale_ptr,
-    R, C,
+    P, C,
     BLOCK_C: tl.constexpr, TAIL_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: BLOCK_C columns, then TAIL_C (0: none), all in registers; or, where they do not cover C, two
-    passes in steps of BLOCK_C."""
+    """One row a program; row r is row r % P of matrix r // P. BLOCK_C columns, then TAIL_C (0: none), all in
+    registers; or, with TAIL_C < 0, two passes in steps of BLOCK_C."""
     row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row * stride_xr
+    x_row = x_ptr + row // P * stride_xg + row % P * stride_xr
     out_row = data_ptr + row * C
     col = tl.arange(0, BLOCK_C)
     if TAIL_C < 0:
@@ -101,11 +101,11 @@ def _rows_fp8(
     tl.store(scale_ptr + row, _rowwise_scale(amax))
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "P"])
 def _rows_mx(
-    x_ptr, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, scale_ptr,
-    R, C,
+    R, P, C,
     RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,8 @@ def _rows_mx(
     first = tl.program_id(1) * BLOCK_C
     col = first + tl.arange(0, BLOCK_C)[None, :]
     mask = (row < R) & (col < C)
-    x = tl.load(x_ptr + row * stride_xr + col.to(tl.int64) * stride_xc, mask, 0.0).to(tl.float32)
+    x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
+    x = tl.load(x_rows + col.to(tl.int64) * stride_xc, mask, 0.0).to(tl.float32)
     x = tl.reshape(x, (BLOCK_R, blocks, 32))
     amax = tl.max(magnitude(x), 2)
     data, byte = _mx_block(x, amax[:, :, None], RCEIL, DEQUANTIZE, HARDWARE)
@@ -149,12 +150,13 @@ def _columns_amax(
     RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     group, first, end = _tile(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
-    row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (row < end) & (col < C)[None, :]
-    x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
-    amax = tl.max(magnitude(tl.load(x_tile, mask, 0.0).to(tl.float32)), 0)
-    tl.atomic_max(amax_ptr + group.to(tl.int64) * C + col, amax, col < C, sem="relaxed")
+    if first < end:  # not a tile past the last one
+        row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+        col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = (row < end) & (col < C)[None, :]
+        x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
+        amax = tl.max(magnitude(tl.load(x_tile, mask, 0.0).to(tl.float32)), 0)
+        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + col, amax, col < C, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["GC"])
@@ -163,7 +165,7 @@ def _columns_fp8_scale(amax_ptr, scale_ptr, GC, BLOCK: tl.constexpr):
     tl.store(scale_ptr + index, _rowwise_scale(tl.load(amax_ptr + index, index < GC, 0)), index < GC)
 
 
-@triton.jit(do_not_specialize=["R", "G"])
+@triton.jit(do_not_specialize=["R", "G", "stride_st", "stride_sc"])
 def _columns(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, stride_dt, stride_dc,
@@ -239,28 +241,39 @@ def _stores(data: torch.Tensor) -> torch.Tensor:
     return data if data.dtype == torch.bfloat16 else data.view(torch.int8)
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes a microsecond
+
+
+def row_warps(block: int) -> int:
+    """Warps of a `_rows_fp8` program: 16 to 64 elements a thread."""
+    return 8 if block > 8192 else 4 if block > 512 else 1
+
+
 def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch.Tensor | None) -> None:
-    """Quantize `x` [R, C] (bf16 or fp32, any strides) along C.
+    """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C.
 
     Args:
         format: "fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor".
-        data: e4m3 [R, C], written; or, for an MX format, bf16 [R, C] that receives data * scale.
-        scale: float32 [R], or E8M0 [R, ceil(C/32)], written; None with bf16 `data`.
+        data: e4m3, written, contiguous in the shape of x; or, for an MX format, bf16 that receives data * scale.
+        scale: float32 [R] or [G, P], or E8M0 with a last axis of ceil(C/32), written; None with bf16 `data`.
     """
-    R, C = x.shape
+    G, P, C = x.shape if x.ndim == 3 else (1, *x.shape)
+    strides = x.stride() if x.ndim == 3 else (0, *x.stride())
+    R = G * P
     if R == 0:
         return
     if format == "fp8_rowwise":
         block, tail = _row_blocks(C) if C <= LONGEST_ROW else (4096, -1)
         _rows_fp8[(R,)](
-            x, *x.stride(), data.view(torch.int8), scale, R, C,
-            BLOCK_C=block, TAIL_C=tail, HARDWARE=HARDWARE, num_warps=8 if block > 8192 else 4 if block > 512 else 1,
+            x, *strides, data.view(torch.int8), scale, P, C,
+            BLOCK_C=block, TAIL_C=tail, HARDWARE=HARDWARE, num_warps=row_warps(block),
         )  # fmt: skip
         return
-    block_c = min(ROWS_MX_BLOCK, max(MX_BLOCK, triton.next_power_of_2(C)))
+    block_c = min(ROWS_MX_BLOCK, max(MX_BLOCK, 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
-    _rows_mx[(triton.cdiv(R, block_r), triton.cdiv(C, block_c))](
-        x, *x.stride(), _stores(data), None if scale is None else scale.view(torch.uint8), R, C,
+    _rows_mx[(_cdiv(R, block_r), _cdiv(C, block_c))](
+        x, *strides, _stores(data), None if scale is None else scale.view(torch.uint8), R, P, C,
         RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=HARDWARE,
     )  # fmt: skip
@@ -270,14 +283,14 @@ def _launch_columns(x, G, R, C, format, data, data_strides, scale, scale_strides
     """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
     blocks = {"RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": COLUMN_BLOCK}
-    grid = (num_tiles, triton.cdiv(C, blocks["BLOCK_C"]))
+    grid = (num_tiles, _cdiv(C, blocks["BLOCK_C"]))
     mx = format != "fp8_rowwise"
     strides = (0 if ragged else x.stride(0), x.stride(1), x.stride(2))
     if not mx:
         amax.zero_()
         if num_tiles:
             _columns_amax[grid](x, *strides, amax, tiles, groups, G, R, C, **blocks)
-        _columns_fp8_scale[(triton.cdiv(G * C, 1024),)](amax, scale, G * C, BLOCK=1024)
+        _columns_fp8_scale[(_cdiv(G * C, 1024),)](amax, scale, G * C, BLOCK=1024)
     if num_tiles:
         _columns[grid](
             x, *strides, _stores(data), *data_strides,
@@ -324,21 +337,20 @@ def quantize_weights(
         amax: int32 [G, P] scratch, for "fp8_rowwise".
     """
     G, P, C = b.shape
-    if b.stride(2) == 1 and b.stride(0) == P * b.stride(1):  # rows of one tall matrix
-        rows = b.as_strided((G * P, C), (b.stride(1), 1))
-        quantize_rows(rows, format, data.view(G * P, C), None if scale is None else scale.view(G * P, *scale.shape[2:]))
+    if b.stride(2) == 1:
+        quantize_rows(b, format, data, scale)
         return
     _launch_columns(
         b.mT, G, C, P, format,
-        data, (P * C, C), scale, (P * triton.cdiv(C, MX_BLOCK), triton.cdiv(C, MX_BLOCK)),
-        amax, None, None, G * triton.cdiv(C, TOKEN_TILE),
+        data, (P * C, C), scale, (P * _cdiv(C, MX_BLOCK), _cdiv(C, MX_BLOCK)),
+        amax, None, None, G * _cdiv(C, TOKEN_TILE),
     )  # fmt: skip
 
 
 def dequantize(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """bf16 `out` = `data` (e4m3 [R, C]) * `scale` (E8M0 [R, ceil(C/32)])."""
     R, C = data.shape
-    grid = (triton.cdiv(R, 32), triton.cdiv(C, 128))
+    grid = (_cdiv(R, 32), _cdiv(C, 128))
     if R and C:
         _dequantize[grid](
             data.view(torch.int8), scale.view(torch.uint8), out, R, C, BLOCK_R=32, BLOCK_C=128, HARDWARE=HARDWARE

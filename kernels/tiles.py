@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 TILE_FIELDS = 4
-"""int32 fields of one row: tiles = (group, first row, end row of the group, unused)."""
+"""int32 fields of a row of the map, three of them used: 16 bytes keep rows aligned."""
 
 
 def max_tiles(M: int, G: int, tile: int) -> int:
@@ -63,4 +63,6 @@ def map_tiles(offs: torch.Tensor, M: int, tile: int, tiles: torch.Tensor, groups
             its first tile is the number of tiles in use.
     """
     G = offs.shape[0]
-    _map_tiles[(G + 1,)](offs, tiles, groups, M, G, TILE=tile, G_BLOCK=triton.next_power_of_2(G), num_warps=1)
+    block = 1 << (G - 1).bit_length()
+    # One warp up to 1024 groups; at 4096 its scan would spill.
+    _map_tiles[(G + 1,)](offs, tiles, groups, M, G, TILE=tile, G_BLOCK=block, num_warps=1 if block <= 1024 else 4)

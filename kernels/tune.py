@@ -5,7 +5,9 @@ For each kernel, element and shape class, the candidate with the least geometric
 """
 
 import argparse
+import copy
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -101,6 +103,8 @@ def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
         del launch
         torch.cuda.empty_cache()
     ranked = sorted(logs, key=lambda t: logs[t])
+    if logs[ranked[0]] == math.inf:
+        raise SystemExit(f"no candidate of {kernel} {element} {shape_class} fits this GPU")
     for t in ranked[:3]:
         print(
             f"{kernel} {element} {shape_class} {math.exp(logs[t] / len(CLASSES[shape_class])):.3f} ms {t}", flush=True
@@ -108,21 +112,26 @@ def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
     return ranked[0]
 
 
-def write(arch: str, found: dict[tuple[str, str, str], GemmTiles]) -> None:
-    """Put the lines into tuning.toml; its comment and the other architectures' lines stay."""
+def write(capability: tuple[int, int], found: dict[tuple[str, str, str], GemmTiles]) -> None:
+    """Put the lines into tuning.toml. A new architecture starts from those that it fell back on."""
     data = {a: {k: {e: dict(c) for e, c in es.items()} for k, es in ks.items()} for a, ks in tuning.table().items()}
+    arch = f"sm{capability[0] * 10 + capability[1]}"
+    own = data.setdefault(arch, copy.deepcopy(data[tuning.arch(capability)]))
     for (kernel, element, shape_class), t in found.items():
-        data.setdefault(arch, {}).setdefault(kernel, {}).setdefault(element, {})[shape_class] = t
+        own[kernel].setdefault(element, {})[shape_class] = t
     comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), tuning.TABLE.open()))
-    lines = [comment]
+    measured = sorted({*tuning.measured(), *([arch] if found else [])})
+    lines = [comment, f"\nmeasured = {json.dumps(measured)}\n"]
     for arch_name, kernels in data.items():
         for kernel, elements in kernels.items():
             for element, classes in elements.items():
                 lines.append(f"\n[{arch_name}.{kernel}.{element}]\n")
-                for shape_class, t in classes.items():
+                for name, t in classes.items():
                     fields = ", ".join(f"{k} = {v}" for k, v in asdict(t).items())
-                    lines.append(f"{shape_class} = {{ {fields} }}\n")
-    tuning.TABLE.write_text("".join(lines))
+                    lines.append(f"{name} = {{ {fields} }}\n")
+    new = tuning.TABLE.with_suffix(".new")
+    new.write_text("".join(lines))
+    new.replace(tuning.TABLE)
 
 
 def main() -> None:
@@ -138,7 +147,7 @@ def main() -> None:
         for element in args.elements.split(",") if args.elements else own[kernel]:
             for shape_class in args.classes.split(","):
                 found[kernel, element, shape_class] = best(kernel, element, shape_class)
-    write(f"sm{capability[0] * 10 + capability[1]}", found)
+    write(capability, found)
     print(f"wrote {len(found)} lines to {tuning.TABLE}")
 
 

@@ -28,6 +28,7 @@ class GemmTiles:
 def table() -> dict[str, dict[str, dict[str, dict[str, GemmTiles]]]]:
     """arch -> kernel -> element -> shape class -> tiles."""
     raw = tomllib.loads(TABLE.read_text())
+    raw.pop("measured")
     return {
         arch: {
             kernel: {el: {cls: GemmTiles(**t) for cls, t in classes.items()} for el, classes in elements.items()}
@@ -44,9 +45,14 @@ def arch(capability: tuple[int, int]) -> str:
     return next((name for n, name in reversed(known) if n <= number), known[0][1])
 
 
+def measured() -> list[str]:
+    """The architectures whose lines `xmoe.kernels.tune` has written; the others' only fit the device's limits."""
+    return tomllib.loads(TABLE.read_text())["measured"]
+
+
 def is_tuned(capability: tuple[int, int]) -> bool:
     """Whether the table has lines measured for this very capability."""
-    return arch(capability) == f"sm{capability[0] * 10 + capability[1]}"
+    return f"sm{capability[0] * 10 + capability[1]}" in measured()
 
 
 @lru_cache(maxsize=4096)

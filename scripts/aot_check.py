@@ -1,9 +1,9 @@
-"""Compile every Triton kernel ahead of time for sm_89, sm_90 and sm_100, without a GPU, and look at the result.
+"""Compile every Triton kernel ahead of time for sm_89, sm_90, sm_100 and sm_120, without a GPU, and look at the result.
 
-For each: shared memory under the device's limit, no spills (sm_90 and above), and in its PTX the tensor-core
+For each: shared memory under the device's limit, no spills (sm_90, sm_100), and in its PTX the tensor-core
 instruction that the kernel is for (wgmma e4m3 / bf16 on sm_90; tcgen05, block-scaled for MXFP8, on sm_100).
 
-    python scripts/aot_check.py [--only PATTERN] [--quick]
+    python scripts/aot_check.py [--only PATTERN] [--sm 90]
 """
 
 import argparse
@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from xmoe.kernels import grouped_gemm, quantize, tiles, tuning
 from xmoe.operands import TOKEN_TILE
 
-SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes a block can have (CUDA C++ Programming Guide, table of technical specifications)."""
 
 
@@ -51,14 +51,15 @@ class Case:
 
 def quantizer_cases(sm: int) -> Iterator[Case]:
     i8, u8, f32, i32 = "*i8", "*u8", "*fp32", "*i32"
-    yield Case("map_tiles", tiles._map_tiles, {"offs_ptr": i32, "tiles_ptr": i32, "groups_ptr": i32},
-               {"TILE": 128, "G_BLOCK": 128}, sm, warps=1)  # fmt: skip
+    for block, warps in ((128, 1), (1024, 1), (4096, 4)):
+        yield Case(f"map_tiles[{block}]", tiles._map_tiles, {"offs_ptr": i32, "tiles_ptr": i32, "groups_ptr": i32},
+                   {"TILE": 128, "G_BLOCK": block}, sm, warps)  # fmt: skip
     for dtype in ("bf16", "fp32"):
         x = {"x_ptr": f"*{dtype}"}
-        for block, tail in ((8192, 0), (8192, 8192), (4096, 1024), (4096, -1)):
+        for block, tail in ((512, 256), (8192, 0), (8192, 8192), (16384, 0), (4096, 1024), (4096, -1)):
             yield Case(f"rows_fp8[{dtype},{block},{tail}]", quantize._rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
                        {"stride_xc": 1, "BLOCK_C": block, "TAIL_C": tail, "HARDWARE": True},
-                       sm, divisible=("stride_xr", "C"))  # fmt: skip
+                       sm, quantize.row_warps(block), divisible=("stride_xr", "C"))  # fmt: skip
         for fmt, bf16_out in (("rceil", False), ("floor", False), ("rceil", True)):
             mx = {"RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": True}
             data = {"data_ptr": "*bf16" if bf16_out else i8}
@@ -100,6 +101,8 @@ INSTRUCTIONS = {
     (100, "fp8"): r"tcgen05\.mma\S*f8f6f4",
     (100, "bf16"): r"tcgen05\.mma\S*f16",
     (100, "mx"): r"tcgen05\.mma\S*mxf8f6f4\.block_scale",
+    (120, "fp8"): r"mma\.sync\S*e4m3",
+    (120, "bf16"): r"mma\.sync\S*bf16",
 }
 
 
@@ -130,7 +133,9 @@ def loads(shape_class: str, elements: str) -> tuple[tuple[str, bool], ...]:
     """(output type, precise) of the launches that a line of the tuning table serves."""
     if shape_class != "heavy":
         return (("bf16", False),)
-    return (("fp32", False), ("bf16", True), ("fp32", True)) if elements == "fp8" else (("fp32", False),)
+    if elements == "mx":  # `select` gives precise accumulation to the bf16 kernels
+        return (("fp32", False),)
+    return ("fp32", False), ("bf16", True), ("fp32", True)
 
 
 def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, constants, label) -> Case:
@@ -169,7 +174,7 @@ def compile_case(case: Case) -> list[str]:
         faults.append(f"{kernel.metadata.shared} bytes of shared memory, {SHARED_MEMORY[case.sm]} allowed")
     if case.instruction and not re.search(case.instruction, kernel.asm["ptx"]):
         faults.append(f"no {case.instruction} in the PTX")
-    if case.sm >= 90 and (spilled := spills(kernel.asm["cubin"])):
+    if case.sm in (90, 100) and (spilled := spills(kernel.asm["cubin"])):
         faults.append(f"{spilled} bytes of stack (spilled registers)")
     return faults
 

@@ -1,6 +1,10 @@
 """Forward and backward on a GPU: every line of the dispatch table against the oracle, and no hidden work."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 
 from tests.kernels.backends import arrays
 from xmoe import RECIPES, config_from_recipe, oracle
-from xmoe.kernels import pipeline
+from xmoe.kernels import pipeline, quantize
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
 from xmoe.shapes import PATTERNS, offsets
 
@@ -18,9 +22,9 @@ NATIVE_MX = Device("cuda", (10, 0))
 """sm_100's lines of the table; on another GPU Triton computes their `tl.dot_scaled` through bf16."""
 
 
-def poisoned(specs: dict[str, pipeline.TensorSpec]) -> dict[str, torch.Tensor]:
+def poisoned(specs: dict[str, pipeline.TensorSpec], where: str) -> dict[str, torch.Tensor]:
     """Tensors by their specs, every byte 0xFF: NaN in each float format."""
-    tensors = pipeline.allocate(specs, torch.device("cuda"))
+    tensors = pipeline.allocate(specs, torch.device(where))
     for tensor in tensors.values():
         tensor.view(torch.uint8).fill_(0xFF)
     return tensors
@@ -29,15 +33,17 @@ def poisoned(specs: dict[str, pipeline.TensorSpec]) -> dict[str, torch.Tensor]:
 class Run:
     """One forward and backward on poisoned outputs and scratch."""
 
-    def __init__(self, config, pattern, *, dtype=torch.bfloat16, stored="GKN", device=None, M=M, seed=0):
+    def __init__(
+        self, config, pattern, *, dtype=torch.bfloat16, stored="GKN", device=None, M=M, K=K, N=N, seed=0, where="cuda"
+    ):
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape: torch.randn(shape, generator=generator).to("cuda", dtype)  # noqa: E731
+        draw = lambda *shape: torch.randn(shape, generator=generator).to(where, dtype)  # noqa: E731
         self.A, self.B, self.dOut = draw(M, K), draw(G, K, N), draw(M, N)
         if stored == "GNK":
             self.B = self.B.mT.contiguous().mT
         self.config, self.M = config, M
         self.ends = offsets(pattern, M, G)
-        self.offs = torch.from_numpy(self.ends).cuda()
+        self.offs = torch.from_numpy(self.ends).to(where)
         self.covered = oracle.token_layout(self.ends, M)[-1].end
         self.A[self.covered :] = float("nan")
         self.dOut[self.covered :] = float("nan")
@@ -46,8 +52,8 @@ class Run:
         self.device = device or pipeline.device_of("cuda", 0)
         forward = pipeline.forward_spec(self.problem, config, self.device)
         backward = pipeline.backward_spec(self.problem, config, self.device)
-        self.outputs, self.scratch = poisoned(forward.outputs), poisoned(forward.scratch)
-        self.grads, self.grad_scratch = poisoned(backward.outputs), poisoned(backward.scratch)
+        self.outputs, self.scratch = poisoned(forward.outputs, where), poisoned(forward.scratch, where)
+        self.grads, self.grad_scratch = poisoned(backward.outputs, where), poisoned(backward.scratch, where)
         if stored == "GNK":
             self.grads["dB"] = self.grads["dB"].view(G, N, K).mT
 
@@ -98,6 +104,16 @@ def test_recipes(recipe, pattern):
 def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
     config = dataclasses.replace(config_from_recipe(recipe), accumulation=accumulation)
     Run(config, "uneven", dtype=dtype, stored=stored).check()
+
+
+@pytest.mark.skipif(quantize.HARDWARE, reason="for the interpreter")
+@pytest.mark.parametrize(("pattern", "stored"), [("short", "GKN"), ("empty", "GNK")])
+def test_in_the_interpreter(pattern, stored, monkeypatch):
+    """The whole pipeline without a GPU, in the one recipe whose arithmetic the interpreter has right (backends.py)."""
+    monkeypatch.setattr(pipeline, "_programs", lambda index: 3)
+    run = Run(config_from_recipe("fp8_rowwise"), pattern, dtype=torch.float32, stored=stored,
+              device=Device("cuda", (9, 0)), M=150, K=48, N=32, where="cpu")  # fmt: skip
+    run.check()
 
 
 @pytest.mark.gpu
@@ -180,6 +196,7 @@ def test_unsupported_preferences_say_what_to_do():
         ("triton", "fp8_rowwise", Device("cpu")),
         ("torch", "bf16", Device("cuda", (8, 0))),
         ("torch", "mxfp8_rceil", Device("cuda", (9, 0))),
+        ("torch", "fp8_rowwise", Device("cuda", (8, 9))),
     ):
         config = dataclasses.replace(config_from_recipe(recipe), kernel_preference=preference)
         with pytest.raises(
@@ -204,6 +221,8 @@ def test_dispatch(capability, fp8, mx):
     assert select(config_from_recipe("fp8_rowwise"), device).name == fp8
     assert select(config_from_recipe("mxfp8_rceil"), device).name == mx
     assert select(config_from_recipe("mxfp8_emulated_rceil"), device).name == "emulated"
+    precise = dataclasses.replace(config_from_recipe("mxfp8_rceil"), accumulation="precise")
+    assert select(precise, device).name != "triton-mx"
     assert select(config_from_recipe("fp8_rowwise"), dataclasses.replace(device, triton=False)).name == "emulated"
 
 
@@ -219,3 +238,11 @@ def test_spec_of_what_is_saved(recipe):
     assert specs[0] == specs[1] == specs[2]
     assert ("a_tokens" in specs[0]) != pipeline.saves_input(config)
     assert "a_tokens" not in pipeline.forward_spec(problem, config, Device("cpu"), save_tokens=False).outputs
+
+
+def test_warm_up_compiles_what_a_call_launches():
+    """Every (kernel, specialisation) of a real call is among its warm-up's. Recorded on the CPU, never compiled."""
+    script = Path(__file__).with_name("record_launches.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr

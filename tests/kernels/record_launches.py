@@ -1,0 +1,85 @@
+"""Run by test_pipeline.py in a process without the interpreter: compare the kernel specialisations that `warm_up` and a
+real call ask Triton for. Launches are recorded, not run; exit status 1 names those that the warm-up missed."""
+
+import sys
+from pathlib import Path
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import jit
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from xmoe import config_from_recipe
+from xmoe.kernels import pipeline
+from xmoe.kernels.dispatch import Device
+
+CPU = torch.device("cpu")
+launches: set[tuple[str, str, str]] = set()
+binders: dict[jit.JITFunction, object] = {}
+
+
+def record(self, *args, grid, warmup, **options):
+    """In place of JITFunction.run."""
+    if self not in binders:
+        binders[self] = jit.create_function_from_signature(self.signature, self.params, backend)
+    _, specialization, _ = binders[self](*args, debug=False, **options)
+    launches.add((self.fn.__name__, str(specialization), str(options)))
+
+
+class FakeCuda:
+    """A CUDA device for `warm_up` to look at, whose tensors are on the CPU."""
+
+    type, index = "cuda", 0
+
+
+def recorded(call, *args) -> set[tuple[str, str, str]]:
+    launches.clear()
+    call(*args)
+    return set(launches)
+
+
+def real_call(p: pipeline.Problem, config, view: Device, transposed: bool) -> None:
+    dtypes = [getattr(torch, name) for name in (p.a_dtype, p.b_dtype, p.out_dtype)]
+    A, B, dOut = (
+        torch.zeros(s, dtype=d) for s, d in zip([(p.M, p.K), (p.G, p.K, p.N), (p.M, p.N)], dtypes, strict=True)
+    )
+    B = B.mT.contiguous().mT if transposed else B
+    offs = torch.full((p.G,), p.M, dtype=torch.int32)
+    spec = pipeline.forward_spec(p, config, view)
+    outputs = pipeline.allocate(spec.outputs, CPU)
+    pipeline.forward(p, config, view, A, B, offs, outputs, pipeline.allocate(spec.scratch, CPU))
+    saved = (A,) if pipeline.saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
+    spec = pipeline.backward_spec(p, config, view)
+    grads = pipeline.allocate(spec.outputs, CPU)
+    if transposed:
+        grads["dB"] = grads["dB"].view(p.G, p.N, p.K).mT
+    pipeline.backward(p, config, view, dOut, saved, B, offs, grads, pipeline.allocate(spec.scratch, CPU))
+
+
+jit.JITFunction.run = record
+pipeline._programs = lambda index: 132
+torch.cuda.synchronize = lambda device=None: None
+empty, zeros, full = torch.empty, torch.zeros, torch.full
+for name, make in (("empty", empty), ("zeros", zeros), ("full", full)):
+    setattr(torch, name, lambda *a, make=make, device=None, **k: make(*a, **k))
+
+missed = []
+for capability in ((9, 0), (10, 0)):
+    backend = CUDABackend(GPUTarget("cuda", capability[0] * 10, 32))
+    view = Device("cuda", capability)
+    pipeline.device_of = lambda *_, view=view: view
+    pipeline.warm_up.cache_clear()
+    binders.clear()
+    for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil"):
+        config = config_from_recipe(recipe)
+        for M, G in ((16, 1), (2048, 1), (1000, 1), (1000, 8), (2048, 4)):
+            for dtype in ("bfloat16", "float32"):
+                problem = pipeline.Problem(M, 64, 48, G, dtype, dtype, dtype)
+                warm = recorded(pipeline.warm_up, problem, config, FakeCuda())
+                assert warm, "the warm-up launched nothing"
+                for transposed in (False, True):
+                    real = recorded(real_call, problem, config, view, transposed)
+                    missed += [(recipe, M, G, dtype, transposed, name) for name, *_ in real - warm]
+print(*missed, sep="\n")
+sys.exit(bool(missed))
