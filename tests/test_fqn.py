@@ -57,18 +57,30 @@ def test_none_leaves_alone_and_stops_the_search():
 
 
 def test_regexes_match_in_full():
-    mapping = FqnToConfig({"re:experts": FP8, "re:.*moe": MX})
+    mapping = FqnToConfig({"re:experts": FP8, "re:.*mo": MX, "re:layer": MX})
     assert mapping.resolve(W1) is UNMATCHED
 
 
-def test_a_module_is_the_owner_of_the_parameter():
-    assert FqnToConfig({"layers.0.moe": FP8}).resolve(W1) is UNMATCHED
-    assert FqnToConfig({r"re:layers\.0\.moe(\..*)?": FP8}).resolve(W1) is FP8
+@pytest.mark.parametrize("module", ["layers.0.moe.experts", "layers.0.moe", "layers", "", "re:layers", r"re:.*\.moe"])
+def test_a_module_reaches_everything_inside_it(module):
+    mapping = FqnToConfig({module: FP8})
+    assert mapping.resolve(W1) is FP8
+    assert mapping.unused([W1]) == ()
+    assert module == "" or mapping.resolve("layer.0.moes.experts.w1") is UNMATCHED
 
 
-def test_parameters_of_the_root_module():
-    assert FqnToConfig({"": FP8}).resolve("w1") is FP8
-    assert FqnToConfig({"": FP8}).resolve("experts.w1") is UNMATCHED
+@pytest.mark.parametrize("outer_first", [False, True])
+@pytest.mark.parametrize("keys", [("layers.0.moe", "layers"), ("re:.*moe", r"re:layers\.\d")])
+def test_the_nearest_module_wins(keys, outer_first):
+    pairs = list(zip(keys, (FP8, MX), strict=True))
+    assert FqnToConfig(dict(pairs[::-1] if outer_first else pairs)).resolve(W1) is FP8
+
+
+def test_the_key_that_decided():
+    mapping = FqnToConfig({"layers": FP8, "_default": MX})
+    assert mapping.key_for(W1) == "layers"
+    assert mapping.key_for("head.w") == "_default"
+    assert FqnToConfig({"layers": FP8}).key_for(("head", "w")) is None
 
 
 def test_default():
@@ -82,18 +94,19 @@ KEYS = st.one_of(NAMES, st.just("_default"), NAMES.map(lambda name: "re:.*" + na
 
 @given(st.dictionaries(KEYS, st.sampled_from([BF16, FP8, MX, None]), max_size=6), NAMES)
 def test_precedence_by_search(mapping, name):
-    """Against the rule written as a sort: rank by class, then by position."""
+    """Against the rule written as a sort: rank by class, then by distance, then by position."""
 
     def rank(key):
         pattern = key.startswith("re:") and key[3:]
-        owner = ".".join(name.split(".")[:-1])
+        parts = name.split(".")
         if key == "_default":
-            return 5
-        for index, candidate in enumerate((name, owner)):
+            return 5, 0
+        for outward in range(len(parts) + 1):
+            candidate, is_module = ".".join(parts[: len(parts) - outward]), outward > 0
             if key == candidate:
-                return 1 + index
+                return 1 + is_module, outward
             if pattern and _fullmatch(pattern, candidate):
-                return 3 + index
+                return 3 + is_module, outward
         return None
 
     ranked = [(rank(key), position, key) for position, key in enumerate(mapping) if rank(key)]

@@ -2,13 +2,16 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from xmoe.config import GroupedMMConfig
-from xmoe.fqn import UNMATCHED, FqnToConfig
+from xmoe.config import RECIPES, GroupedMMConfig, as_config
+from xmoe.fqn import DEFAULT, UNMATCHED, FqnToConfig, Unmatched, enclosing
+from xmoe.operands import FEATURE_MULTIPLE
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor, unwrap
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -16,91 +19,150 @@ FilterFn = Callable[[nn.Module, str], bool]
 logger = logging.getLogger(__name__)
 
 
+class _Owner(NamedTuple):
+    """A module and the name that it has a parameter under."""
+
+    module: nn.Module
+    name: str
+    fqn: str
+    """The parameter's, in the model."""
+
+
+_Parameters = list[tuple[_Owner, ...]]
+"""The expert parameters of a model, each with all of its owners: one, or several where it is tied."""
+_Matched = list[tuple[tuple[_Owner, ...], GroupedMMConfig]]
+
+
 def quantize_(
     model: nn.Module,
-    config: GroupedMMConfig | FqnToConfig,
+    config: GroupedMMConfig | FqnToConfig | StrEnum | str,
     filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
     *,
     verbose: bool = True,
 ) -> None:
     """Wraps expert weights in `ScaledGroupedMMTensor`: the parameters of `model` with three dimensions that match.
 
     Names, shapes, dtypes and values stay as they are; a converted parameter is a new ``nn.Parameter`` on the same
-    storage, so make the optimizer afterwards. Converting again replaces the config.
+    storage, so make the optimizer afterwards. A tied parameter is converted once, for all its owners, if it matches
+    under one of its names. Converting again replaces the config.
 
     Args:
         model: any module whose experts go through ``torch._grouped_mm`` or ``torch.nn.functional.grouped_mm``.
-        config: one config for every parameter that `filter_fn` lets through, or an `FqnToConfig`.
-        filter_fn: called with the module that owns the parameter and that module's name; None takes every module.
+        config: one config, or a recipe (enum member or name), for every parameter that `filter_fn` lets through; or an
+            `FqnToConfig`, whose None is a match too, and leaves the parameter alone.
+        filter_fn: called with a module and its name. A module that it returns True for is converted with everything
+            inside it: ``lambda module, fqn: isinstance(module, MoE)``. None takes the whole model.
+        device: moves the model there first; None leaves it where it is.
         verbose: log the table of what was converted (level INFO, logger ``xmoe.torch_backend.quantize``).
 
     Raises:
-        ValueError: nothing matches (the message lists the parameters with three dimensions), a matched parameter's K
-            or N is not a multiple of 16, or `config` is of the wrong type.
+        ValueError: nothing matches (the message lists the parameters with three dimensions), a tied parameter gets two
+            configs, or `config` is of the wrong type. Also where K or N is not a multiple of 16; but a parameter that
+            neither `filter_fn` nor a key named is then left alone, with a warning in the log.
     """
-    if not isinstance(config, GroupedMMConfig | FqnToConfig):
-        raise ValueError(f"config is {config!r}; give a GroupedMMConfig (config_from_recipe(...)) or an FqnToConfig")
+    if not isinstance(config, GroupedMMConfig | FqnToConfig | str):
+        raise ValueError(f"config is {config!r}; give a GroupedMMConfig, an FqnToConfig or one of {', '.join(RECIPES)}")
+    mapping = config if isinstance(config, FqnToConfig) else FqnToConfig({DEFAULT: as_config(config)})
+    if device is not None:
+        model.to(device)
 
-    candidates = _expert_parameters(model)
-    matched: list[tuple[nn.Module, str, str, GroupedMMConfig]] = []
-    for module, module_name, name in candidates:
-        if filter_fn is not None and not filter_fn(module, module_name):
-            continue
-        fqn = f"{module_name}.{name}".lstrip(".")
-        chosen = config.resolve(fqn) if isinstance(config, FqnToConfig) else config
-        if chosen is not None and chosen is not UNMATCHED:
-            _check_shape(fqn, getattr(module, name))
-            matched.append((module, name, fqn, chosen))
-    names = [f"{module_name}.{name}".lstrip(".") for module, module_name, name in candidates]
-    if not matched:
-        raise ValueError(_nothing_matches(config, filter_fn, names))
-    if isinstance(config, FqnToConfig) and (unused := config.unused(names)):
+    parameters = _expert_parameters(model)
+    if unused := mapping.unused(_names(parameters)):
         logger.warning("quantize_: no expert parameter matches %s", ", ".join(map(repr, unused)))
+    if filter_fn is not None:
+        taken = {name for name, module in _modules(model) if filter_fn(module, name)}
+        candidates = [tuple(o for o in owners if not taken.isdisjoint(enclosing(o.fqn))) for owners in parameters]
+    else:
+        candidates = parameters
+    matched: _Matched = []
+    misfits: list[str] = []
+    leaves_alone = all(value is None for value in mapping.fqn_to_config.values())
+    for owners, named in zip(parameters, candidates, strict=True):
+        chosen = _config_for(named, mapping)
+        leaves_alone = leaves_alone or chosen is None
+        if not isinstance(chosen, GroupedMMConfig):
+            continue
+        misfit = _misfit(owners[0])
+        if not misfit:
+            matched.append((owners, chosen))
+        elif filter_fn is not None or any(mapping.key_for(owner.fqn) not in (DEFAULT, None) for owner in named):
+            raise ValueError(f"{misfit}: pad them, or leave the parameter out with filter_fn or FqnToConfig")
+        else:
+            misfits.append(misfit)
+    if not matched and not leaves_alone:
+        raise ValueError("; ".join(misfits) or _nothing_matches(config, filter_fn, _names(parameters)))
+    for misfit in misfits:
+        logger.warning("quantize_: left alone: %s", misfit)
 
-    wrapped: dict[int, nn.Parameter] = {}  # a parameter that two modules share stays shared
-    for module, name, _, chosen in matched:
-        old = getattr(module, name)
-        if id(old) not in wrapped:
-            new = nn.Parameter(ScaledGroupedMMTensor(old, chosen), requires_grad=old.requires_grad)
-            new.grad = old.grad
-            wrapped[id(old)] = new
-        setattr(module, name, wrapped[id(old)])
-        _keep_wrapped_on_load(module)
-    if verbose:
-        logger.info("quantize_: %d of %d expert parameters\n%s", len(matched), len(candidates), _table(matched))
+    for owners, chosen in matched:
+        old = getattr(owners[0].module, owners[0].name)
+        new = nn.Parameter(ScaledGroupedMMTensor(old, chosen), requires_grad=old.requires_grad)
+        new.grad = old.grad
+        for owner in owners:
+            setattr(owner.module, owner.name, new)
+            _keep_wrapped_on_load(owner.module)
+    if verbose and matched:
+        logger.info("quantize_: %d of %d expert parameters\n%s", len(matched), len(parameters), _table(matched))
 
 
-def _expert_parameters(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """(owner, owner's name, parameter's name) of every floating-point parameter [E, ., .]; convolutions have none."""
-    return [
-        (module, module_name, name)
-        for module_name, module in model.named_modules()
-        if not isinstance(module, _ConvNd)
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter.ndim == 3 and parameter.is_floating_point()
-    ]
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) under every name that a module has."""
+    return list(model.named_modules(remove_duplicate=False))
 
 
-def _check_shape(fqn: str, parameter: Tensor) -> None:
-    if any(size % 16 for size in parameter.shape[1:]):
-        raise ValueError(
-            f"{fqn} has shape {tuple(parameter.shape)}; its last two dimensions must be multiples of 16: pad them, or "
-            "leave the parameter out with filter_fn or FqnToConfig"
-        )
+def _expert_parameters(model: nn.Module) -> _Parameters:
+    """Every floating-point parameter [E, ., .]; convolutions have none."""
+    found: dict[int, list[_Owner]] = {}
+    for module_name, module in _modules(model):
+        if isinstance(module, _ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.ndim == 3 and parameter.is_floating_point():
+                owner = _Owner(module, name, f"{module_name}.{name}".removeprefix("."))
+                found.setdefault(id(parameter), []).append(owner)
+    return list(map(tuple, found.values()))
 
 
-def _nothing_matches(config: GroupedMMConfig | FqnToConfig, filter_fn: FilterFn | None, names: list[str]) -> str:
+def _names(parameters: _Parameters) -> list[str]:
+    return [owner.fqn for owners in parameters for owner in owners]
+
+
+def _config_for(
+    owners: tuple[_Owner, ...], mapping: FqnToConfig
+) -> GroupedMMConfig | Literal[Unmatched.UNMATCHED] | None:
+    """The one config of a parameter with these owners, or None, or UNMATCHED."""
+    configs = {owner.fqn: config for owner in owners if (config := mapping.resolve(owner.fqn)) is not UNMATCHED}
+    if len(set(configs.values())) > 1:
+        found = ", ".join(f"{fqn}: {'None' if config is None else config.to_key()}" for fqn, config in configs.items())
+        raise ValueError(f"config gives one tied parameter several configs ({found}); give all its names the same")
+    return next(iter(configs.values()), UNMATCHED)
+
+
+def _misfit(owner: _Owner) -> str:
+    """Why the kernels cannot multiply by a parameter; "" where they can."""
+    shape = tuple(getattr(owner.module, owner.name).shape)
+    if not any(size % FEATURE_MULTIPLE for size in shape[1:]):
+        return ""
+    return f"{owner.fqn} has shape {shape}; its last two dimensions must be multiples of {FEATURE_MULTIPLE}"
+
+
+def _nothing_matches(config: object, filter_fn: FilterFn | None, names: list[str]) -> str:
     if not names:
         return "model has no parameter with three dimensions; quantize_ converts expert weights [E, K, N] only"
-    by = "filter_fn" if filter_fn is not None else f"config={config!r}"
+    culprits = [] if filter_fn is None else ["filter_fn"]
+    if isinstance(config, FqnToConfig):
+        culprits.append(f"config (keys: {', '.join(map(repr, config.fqn_to_config))})")
+    by = " with ".join(culprits)
     return f"{by} matches none of the parameters with three dimensions; change it to match some of: {', '.join(names)}"
 
 
-def _table(matched: list[tuple[nn.Module, str, str, GroupedMMConfig]]) -> str:
+def _table(matched: _Matched) -> str:
     rows = [("parameter", "shape", "dtype", "config")]
-    for module, name, fqn, config in matched:
-        parameter = getattr(module, name)
-        rows.append((fqn, str(list(parameter.shape)), str(parameter.dtype).removeprefix("torch."), config.to_key()))
+    for owners, config in matched:
+        parameter = getattr(owners[0].module, owners[0].name)
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        rows.append((" = ".join(owner.fqn for owner in owners), str(list(parameter.shape)), dtype, config.to_key()))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

@@ -48,17 +48,23 @@ def _part(part: Any) -> Any:
     return part
 
 
+def enclosing(name: str) -> tuple[str, ...]:
+    """The modules around a parameter or module, the nearest first: "a.b.w" is in "a.b", "a" and "", the model."""
+    parts = name.split(".")[:-1]
+    return tuple(".".join(parts[:n]) for n in range(len(parts), -1, -1))
+
+
 class FqnToConfig:
     """An ordered mapping from names to configs, resolved parameter by parameter. Immutable, hashable, comparable.
 
     A key is a parameter's or a module's fully qualified name, "re:" and a regular expression that must match such a
-    name in full, or "_default". A *module* is the one that owns the parameter directly: the key "moe" does not reach
-    "moe.experts.w1", the keys "moe.experts" and "re:moe(\\..*)?" do. A value is a config, a recipe's name, or None
-    (or "none") to leave the parameter alone. The first of these classes with a match decides, and in it the key that
-    comes first:
+    name in full, or "_default". A module's key reaches everything inside it: "moe" and "moe.experts" both match
+    "moe.experts.w1", and "" is the whole model. A value is a config, a recipe's name, or None (or "none") to leave the
+    parameter alone. The first of these classes with a match decides; in 2 and 4 the nearest module, and then (in 3 and
+    4) the key that comes first:
 
-    1. the exact parameter name; 2. the exact module name; 3. a regex on the parameter name; 4. a regex on the module
-    name; 5. "_default".
+    1. the exact parameter name; 2. an exact module name; 3. a regex on the parameter name; 4. a regex on a module name;
+    5. "_default".
 
     Raises ValueError for a bad regex, two keys for one name, or a wrong value, naming the key.
     """
@@ -85,15 +91,17 @@ class FqnToConfig:
 
     def resolve(self, parameter: Name) -> GroupedMMConfig | Literal[Unmatched.UNMATCHED] | None:
         """The config of a parameter; None: leave it alone; UNMATCHED: no key says anything about it."""
-        key = self._key_for(dotted(parameter))
+        key = self.key_for(parameter)
         return UNMATCHED if key is None else self.fqn_to_config[key]
 
-    def _key_for(self, name: str) -> str | None:
-        owner = name.rpartition(".")[0]
-        for exact in (name, owner):
+    def key_for(self, parameter: Name) -> str | None:
+        """The key that decides about a parameter, "_default" among them; None where there is none."""
+        name = dotted(parameter)
+        modules = enclosing(name)
+        for exact in (name, *modules):
             if exact in self._exact:
                 return self._exact[exact]
-        for candidate in (name, owner):
+        for candidate in (name, *modules):
             for pattern, key in self._patterns:
                 if pattern.fullmatch(candidate):
                     return key
@@ -102,7 +110,7 @@ class FqnToConfig:
     def unused(self, parameters: Iterable[Name]) -> tuple[str, ...]:
         """The keys that match none of the parameters nor their modules, precedence aside: typing errors, mostly."""
         names = {dotted(parameter) for parameter in parameters}
-        names |= {name.rpartition(".")[0] for name in names}
+        names |= {module for name in names for module in enclosing(name)}
         unused = {key for exact, key in self._exact.items() if exact not in names}
         unused |= {key for pattern, key in self._patterns if not any(map(pattern.fullmatch, names))}
         return tuple(key for key in self.fqn_to_config if key in unused)

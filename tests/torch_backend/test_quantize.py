@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import xmoe
-from xmoe import FP8GroupedMMConfig, FqnToConfig, MXFP8GroupedMMConfig
+from xmoe import FP8GroupedMMConfig, FP8GroupedMMRecipe, FqnToConfig, MXFP8GroupedMMConfig
 from xmoe.torch_backend import MoE, ScaledGroupedMMTensor, quantize_
 
 FP8, MX = FP8GroupedMMConfig(), MXFP8GroupedMMConfig()
@@ -22,6 +22,14 @@ class Model(nn.Module):
         self.layers = nn.ModuleList([MoE(32, 48, 4, 2, shared_hidden_dim=32) for _ in range(2)])
         self.conv = nn.Conv1d(16, 16, 16)
         self.position = nn.Parameter(torch.zeros(1, 5, 32))
+
+
+class Odd(nn.Module):
+    """No weight that the kernels can multiply by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1, 5, 32))
 
 
 def experts(module: nn.Module, fqn: str) -> bool:
@@ -73,13 +81,91 @@ def test_converting_again_replaces_the_config() -> None:
     assert {c for n, c in configs(model).items() if n.startswith("layers.1")} == {FP8}
 
 
-def test_tied_weights_stay_tied_and_gradients_stay() -> None:
+def tied() -> Model:
     model = Model()
     model.layers[1].experts.w1 = model.layers[0].experts.w1
+    return model
+
+
+def test_tied_weights_stay_tied_and_gradients_stay() -> None:
+    model = tied()
     model.layers[0].experts.w1.grad = torch.ones(4, 48, 32)
     quantize_(model, FP8, filter_fn=experts)
     assert model.layers[1].experts.w1 is model.layers[0].experts.w1
     assert model.layers[0].experts.w1.grad.sum() == 4 * 48 * 32
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("by", ["filter", "key"])
+def test_tied_weight_that_matches_under_one_name(layer: int, by: str) -> None:
+    model, name = tied(), f"layers.{layer}.experts"
+    if by == "filter":
+        quantize_(model, FP8, filter_fn=lambda module, fqn: fqn == name)
+    else:
+        quantize_(model, FqnToConfig({name: FP8}))
+    assert model.layers[0].experts.w1 is model.layers[1].experts.w1
+    assert isinstance(model.layers[0].experts.w1, ScaledGroupedMMTensor)
+
+
+def test_shared_module_matches_under_its_second_name() -> None:
+    model = Model()
+    model.layers[1] = model.layers[0]
+    quantize_(model, FqnToConfig({"layers.1": FP8}))
+    assert isinstance(model.layers[0].experts.w2, ScaledGroupedMMTensor)
+
+
+@pytest.mark.parametrize("other", [MX, None])
+def test_tied_weight_with_two_configs(other: MXFP8GroupedMMConfig | None) -> None:
+    model = tied()
+    message = r"several configs \(layers\.0\.experts\.w1: fp8_rowwise, layers\.1\.experts\.w1: (mxfp8_rceil|None)\)"
+    with pytest.raises(ValueError, match=message):
+        quantize_(model, FqnToConfig({"layers.0": FP8, "layers.1": other}))
+    assert not configs(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "filter_fn"),
+    [
+        (FP8, lambda module, fqn: isinstance(module, MoE)),
+        (FqnToConfig({"layers": FP8}), None),
+        (FqnToConfig({r"re:layers\.\d": FP8}), None),
+        (FqnToConfig({"_default": FP8}), lambda module, fqn: fqn == "layers"),
+    ],
+)
+def test_everything_inside_a_module(config: Any, filter_fn: Any) -> None:
+    model = Model()
+    quantize_(model, config, filter_fn)
+    assert len(configs(model)) == 6
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", FP8GroupedMMRecipe.FP8_ROWWISE])
+def test_recipe(recipe: str) -> None:
+    model = Model()
+    quantize_(model, recipe, filter_fn=experts)
+    assert set(configs(model).values()) == {FP8}
+
+
+def test_device() -> None:
+    model = Model()
+    quantize_(model, FP8, experts, "meta")
+    assert len(configs(model)) == 6
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("mapping", [{"_default": None}, {"re:.*experts": None}, {}])
+@pytest.mark.parametrize("model", [Model, lambda: nn.Linear(4, 4)])
+def test_a_mapping_may_leave_everything_alone(mapping: dict[str, None], model: Any) -> None:
+    module = model()
+    quantize_(module, FqnToConfig(mapping))
+    assert not configs(module)
+
+
+@pytest.mark.parametrize("config", [FP8, FqnToConfig({"_default": FP8})])
+def test_a_shape_that_nobody_asked_for_is_left_alone(config: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    quantize_(model, config)
+    assert len(configs(model)) == 6
+    assert "left alone: position has shape (1, 5, 32); its last two dimensions must be multiples of 16" in caplog.text
 
 
 def test_table(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,12 +186,35 @@ def test_unused_keys_are_named(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("model", "config", "filter_fn", "message"),
     [
-        (Model, FP8, lambda m, f: "expertz" in f, r"filter_fn matches none .* change it to match some of: position, l"),
-        (Model, FqnToConfig({"expertz": FP8}), None, r"'expertz'.* matches none .*layers\.0\.experts\.w1"),
-        (Model, FqnToConfig({"_default": None}), None, r"matches none of the parameters with three dimensions"),
-        (lambda: nn.Linear(4, 4), FP8, None, r"model has no parameter with three dimensions"),
-        (Model, FP8, None, r"position has shape \(1, 5, 32\); its last two dimensions must be multiples of 16"),
-        (Model, "fp8_rowwise", None, r"config is 'fp8_rowwise'; give a GroupedMMConfig \(config_from_recipe"),
+        (
+            Model,
+            FP8,
+            lambda m, f: "expertz" in f,
+            r"^filter_fn matches none .* to match some of: position, l",
+        ),
+        (
+            Model,
+            FqnToConfig({"expertz": FP8}),
+            None,
+            r"^config \(keys: 'expertz'\) matches none .*layers\.0\.exp",
+        ),
+        (
+            Model,
+            FqnToConfig({"layers": FP8, "expertz": MX}),
+            lambda m, f: "position" in f,
+            r"^filter_fn with config \(keys: 'layers', 'expertz'\) matches none",
+        ),
+        (lambda: nn.Linear(4, 4), FP8, None, r"^model has no parameter with three dimensions"),
+        (
+            Model,
+            FP8,
+            lambda m, f: f == "",
+            r"^position has shape \(1, 5, 32\); its last .* multiples of 16: pad them",
+        ),
+        (Model, FqnToConfig({"position": FP8}), None, r"^position has shape \(1, 5, 32\); its last two"),
+        (Odd, FP8, None, r"^w has shape \(1, 5, 32\); its last two"),
+        (Model, None, None, r"^config is None; give a GroupedMMConfig, an FqnToConfig or one of bf16, "),
+        (Model, "fp9", None, r"^recipe='fp9' is not known; use one of bf16, "),
     ],
 )
 def test_refusals(model: Any, config: Any, filter_fn: Any, message: str) -> None:
