@@ -1,6 +1,7 @@
 """The command line: ``xmoe train`` and ``xmoe doctor``. Nothing slow is imported before it is needed."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,11 @@ _TRAIN = """\
 Train a small byte-level mixture-of-experts language model on real text, once for every framework and recipe, and
 compare them: a table, metrics.jsonl, config.toml and loss.png, all in --out. Both frameworks start from the same
 weights and see the same batches. Without --data the text is the source of Python's standard library.
+
+Runs that --out holds with the same settings stay and are compared too. Training one of them again takes --overwrite,
+and the earlier result stays until the new one is complete. XLA, torch and cuBLAS are told to be deterministic, so that
+a second run on the same machine repeats the first one's curves, as far as each of them can (your own XLA_FLAGS and
+CUBLAS_WORKSPACE_CONFIG go first).
 """
 _EXAMPLES = """\
 examples:
@@ -29,7 +35,7 @@ _FIELDS = (
     ("--checkpoint-every", "checkpoint_every", int, "steps between checkpoints"),
     ("--eval-every", "eval_every", int, "steps between held-out evaluations (0: only at the end)"),
     ("--compute-dtype", "compute_dtype", str, "bfloat16 or float32, of activations and matmuls"),
-    ("--kernel-preference", "kernel_preference", str, "auto, triton, torch or emulated"),
+    ("--kernel-preference", "kernel_preference", str, "auto, triton, torch or emulated, where the recipe names none"),
     ("--device", "device", str, "auto, cpu or cuda"),
 )
 
@@ -37,15 +43,30 @@ _FIELDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (default: the process's) name.
 
-    Returns the exit status: 0, 1 for a run that failed or an input that was wrong (one line on stderr says which),
-    2 for a command line that can't be read, 130 after Ctrl-C.
+    Returns the exit status: 0, 1 for a run that failed or an input that was wrong (one line on stderr says which) or
+    when the reader of the output has gone, 2 for a command line that can't be read, 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("xmoe: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone: leave nothing to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a path holds no NUL character")
+    return Path(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,18 +82,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.set_defaults(command=_train)
+    data = "text files to train on, the last tenth held out; may be given several times"
+    file = "settings, in a table [train]; the options here go before its own; a table [quantize] beside it is ignored"
     # No choices= and no defaults here: TrainConfig checks values wherever they come from, TOML files included.
     train.add_argument("--framework", metavar="NAME", help="torch, flax or both (default: torch)")
     train.add_argument("--recipe", metavar="NAME[,NAME...]", help="recipes to train with (default: bf16,fp8_rowwise)")
-    train.add_argument("--data", metavar="FILE", nargs="+", help="text files to train on, the last tenth held out")
-    train.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/train"), help="default: %(default)s")
+    train.add_argument("--data", metavar="FILE", nargs="+", action="extend", type=_path, help=data)
+    train.add_argument("--out", metavar="DIR", type=_path, default=Path("runs/train"), help="default: %(default)s")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the runs in --out; its config.toml applies")
-    existing.add_argument("--overwrite", action="store_true", help="replace runs in --out made with other settings")
-    train.add_argument("--config", metavar="FILE.toml", type=Path, help="settings; the options here go before its own")
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace runs in --out, once the new ones are complete"
+    )
+    train.add_argument("--config", metavar="FILE.toml", type=_path, help=file)
     train.add_argument(
         "--preset", metavar="NAME", choices=("auto", "small", "base"), default="auto",
-        help="small (1.8 million parameters), base (63 million) or auto: base on a GPU, else small",
+        help="small (1.8 million parameters), base (63 million) or auto: base where no run is emulated, else small",
     )  # fmt: skip
     for option, field, kind, text in _FIELDS:
         train.add_argument(option, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
@@ -107,25 +132,29 @@ def _train_config(options: argparse.Namespace) -> Any:
     """The run that the options ask for: preset, then --config (or the resumed run's), then the options themselves."""
     from xmoe.train import run
     from xmoe.train.config import FRAMEWORKS, PRESETS, TrainConfig, load_fields
+    from xmoe.train.files import UserError
 
     given = {field: value for _, field, _, _ in _FIELDS if (value := getattr(options, field)) is not None}
-    if options.framework:
-        given["frameworks"] = FRAMEWORKS if options.framework == "both" else options.framework.split(",")
-    if options.recipe:
-        given["recipes"] = options.recipe.split(",")
+    if options.framework is not None:
+        names = FRAMEWORKS if options.framework == "both" else _names(options.framework)
+        if unknown := [name for name in names if name not in FRAMEWORKS]:
+            raise UserError(f"--framework {unknown[0]!r} is not known; use {', '.join(FRAMEWORKS)} or both")
+        given["frameworks"] = names
+    if options.recipe is not None:
+        given["recipes"] = _names(options.recipe)
     if options.data:
-        given["data"] = [str(Path(file).absolute()) for file in options.data]
+        given["data"] = [str(file.absolute()) for file in options.data]
 
-    stored = options.out / run.CONFIG_FILE
+    stored = run.stored_config(options.out)
     source = options.config or (stored if options.resume and stored.exists() else None)
     fields = (load_fields(source) if source else {}) | given
     config = TrainConfig.from_dict(fields)
     run.check_extras(config)
     devices = run.find_devices(config.frameworks, config.device)
-    run.check_recipes(config, devices)
+    gemms = run.check_recipes(config, devices)
     preset = options.preset
     if preset == "auto":
-        preset = "base" if all(kind == "cuda" for kind, _ in devices.values()) else "small"
+        preset = "small" if "emulated" in gemms else "base"
     return TrainConfig.from_dict(PRESETS[preset] | fields)
 
 

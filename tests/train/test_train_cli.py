@@ -1,5 +1,6 @@
 """The command line: every wrong input ends in one line that says what to do, and a status that is not zero."""
 
+import argparse
 import json
 import os
 import signal
@@ -53,10 +54,11 @@ def test_bad_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--recipe", "bf16,fp4"], "recipes: 'fp4' is not known; use bf16, fp8_rowwise, "),
-        (["--framework", "tensorflow"], "frameworks: 'tensorflow' is not known; use torch, flax"),
+        (["--recipe", ""], "recipes: '' is not known; use bf16, fp8_rowwise, "),
+        (["--framework", "jax"], "--framework 'jax' is not known; use torch, flax or both"),
+        (["--framework", ""], "--framework '' is not known; use torch, flax or both"),
         (["--kernel-preference", "cuda"], "kernel_preference: 'cuda' is not known; use auto, triton, torch, emulated"),
         (["--compute-dtype", "fp8"], "compute_dtype: 'fp8' is not known; use bfloat16, float32"),
-        (["--seq-len", "100"], "seq_len=100 is not a multiple of 32"),
         (["--steps", "0"], "steps=0 must be above 0"),
         (["--kernel-preference", "triton"], "kernel_preference=triton cannot run bf16 on cpu"),
         (["--kernel-preference", "triton", "--recipe", "mxfp8_rceil"], "triton cannot run mxfp8_rceil on cpu"),
@@ -96,12 +98,13 @@ def test_options_go_before_the_file_and_the_file_before_the_preset(
     configs: list[TrainConfig] = []
     monkeypatch.setattr(run, "run", lambda config, *_, **__: configs.append(config) or sys.exit(0))
     settings.write_text(SETTINGS + "steps = 11\nseed = 5\n")
-    arguments = f"--config {settings} --preset base --steps 12 --recipe bf16 --framework both --device cpu".split()
+    arguments = f"--config {settings} --preset base --steps 12 --framework both --device cpu".split()
     with pytest.raises(SystemExit):
-        cli.main(["train", *arguments])
+        cli.main(["train", *arguments, "--recipe", "bf16, fp8_rowwise", "--data", "a", "b", "--data", "c"])
     (config,) = configs
+    assert config.data == tuple(str(Path(name).absolute()) for name in "abc")
     assert (config.steps, config.seed, config.dim, config.batch_size) == (12, 5, 32, 32)
-    assert (config.frameworks, config.recipes) == (("torch", "flax"), ("bf16",))
+    assert (config.frameworks, config.recipes) == (("torch", "flax"), ("bf16", "fp8_rowwise"))
 
 
 @pytest.mark.parametrize(
@@ -127,13 +130,14 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str], devic
         return
     devices = run.find_devices(tuple(answers), device)
     assert devices == {framework: (kind, capabilities[kind]) for framework, kind in answers.items()}
-    run.check_recipes(TrainConfig(recipes=RECIPES), devices)
+    gemms = run.check_recipes(TrainConfig(recipes=RECIPES), devices)
+    assert gemms == ({"emulated", "triton"} if "cuda" in answers.values() else {"emulated"})
 
 
-def test_a_gpu_gets_the_larger_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_with_kernels_gets_the_larger_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[TrainConfig] = []
     monkeypatch.setattr(run, "run", lambda config, *_, **__: configs.append(config) or sys.exit(0))
-    for kind, capability, dim in (("cuda", (9, 0), 512), ("cpu", None, 128)):
+    for kind, capability, dim in (("cuda", (9, 0), 512), ("cuda", (8, 0), 128), ("cpu", None, 128)):
         monkeypatch.setattr(run, "find_devices", lambda *_, found=(kind, capability): {"torch": found})
         with pytest.raises(SystemExit):
             cli.main(["train"])
@@ -141,12 +145,55 @@ def test_a_gpu_gets_the_larger_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["train", "--help"]):
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert {"train", "doctor"} == set(commands.choices)
+    for arguments, parser in (([], cli._parser()), *(([name], parser) for name, parser in commands.choices.items())):
         with pytest.raises(SystemExit, match="0"):
-            cli.main(arguments)
-    text = capsys.readouterr().out
-    for option in ("train", "doctor", "--framework", "--recipe", "--data", "--out", "--resume", "--seed", "--device"):
-        assert option in text
+            cli.main([*arguments, "--help"])
+        lines = [line.split() for line in capsys.readouterr().out.split("\noptions:\n")[1].splitlines()]
+        described = {word.rstrip(",") for words in lines for word in words[:3]}
+        for action in parser._actions:
+            assert set(action.option_strings) <= described
+            assert action.help or not action.option_strings, action
+
+
+def test_a_path_with_a_nul_character(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--data", "--out", "--config"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["train", option, "a\0b"])
+        assert f"argument {option}: a path holds no NUL character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "--xla_gpu_deterministic_ops=true"),
+        ("--xla_a=1", "--xla_a=1 --xla_gpu_deterministic_ops=true"),
+        ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+    ],
+)
+def test_workers_are_deterministic(monkeypatch: pytest.MonkeyPatch, before: str | None, after: str) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if before:
+        monkeypatch.setenv("XLA_FLAGS", before)
+    environment = run.worker_environment()
+    assert (environment["XLA_FLAGS"], environment["CUBLAS_WORKSPACE_CONFIG"]) == (after, ":4096:8")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert run.worker_environment()["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `xmoe doctor --json | true`."""
+    code = (
+        "import sys; from xmoe import cli; cli._doctor = lambda _: print('x' * 9) or 0; sys.exit(cli.main(['doctor']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
 
 
 def xmoe(*arguments: object) -> "subprocess.Popen[str]":

@@ -1,11 +1,11 @@
 """TrainConfig: what it accepts, its TOML form, the schedule."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from xmoe.config import RECIPES, KernelPreference
+from xmoe.config import RECIPES, KernelPreference, config_from_recipe
 from xmoe.train.config import PRESETS, TrainConfig
 from xmoe.train.files import UserError
 
@@ -28,8 +28,13 @@ def test_partial_file_keeps_the_defaults(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[train]\nstep = 3", "unknown key step; the keys are frameworks, recipes"),
-        ("steps = 3", r"found steps; the file must hold one table, \[train\]"),
-        ("[train]\n[quantize]\n", r"found train, quantize; the file must hold one table"),
+        ("steps = 3", r"found steps; the file must hold a table \[train\]"),
+        (
+            "[train]\n[model]\n",
+            r"found train, model; the file must hold a table \[train\], and may hold a \[quantize\]",
+        ),
+        ("[quantize]\n", r"found quantize; the file must hold a table \[train\]"),
+        ('[train]\ndata = ["a\\u0000b"]', r"data: 'a\\x00b' holds a NUL character"),
         ("", "found nothing"),
         ("[train\n", "not valid TOML"),
         ("[train]\nsteps = true", "steps=True is not an integer"),
@@ -56,15 +61,24 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_quantize_table_beside_it_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[train]\nsteps = 7\n" + config_from_recipe("mxfp8_floor").to_toml())
+    assert TrainConfig.load(path) == TrainConfig(steps=7)
+    assert config_from_recipe("mxfp8_floor").from_toml(path.read_text()).recipe == "mxfp8_floor"
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file or directory; give a readable TOML file"):
         TrainConfig.load(tmp_path / "config.toml")
 
 
-def test_kernel_preference_goes_to_every_recipe() -> None:
+def test_kernel_preference_goes_to_every_recipe_that_names_none() -> None:
     config = TrainConfig(kernel_preference="triton")
-    assert {config.quantization(recipe).kernel_preference for recipe in RECIPES} == {KernelPreference.TRITON}
-    assert TrainConfig().quantization("mxfp8_emulated_rceil").kernel_preference is KernelPreference.EMULATED
+    for recipe in RECIPES:
+        expected = KernelPreference.EMULATED if "emulated" in recipe else KernelPreference.TRITON
+        assert config.quantization(recipe) == replace(config_from_recipe(recipe), kernel_preference=expected)
+        assert TrainConfig().quantization(recipe) == config_from_recipe(recipe)
 
 
 def test_schedule() -> None:
@@ -80,5 +94,5 @@ def test_schedule() -> None:
 
 def test_differences_name_the_change() -> None:
     config = TrainConfig()
-    assert config.differences(dataclasses.replace(config, seed=1, steps=5)) == ["steps 200, now 5", "seed 0, now 1"]
-    assert config.differences(dataclasses.replace(config, recipes=("bf16",), frameworks=("flax",))) == []
+    assert config.differences(replace(config, seed=1, steps=5)) == ["steps 200, now 5", "seed 0, now 1"]
+    assert config.differences(replace(config, recipes=("bf16",), frameworks=("flax",))) == []

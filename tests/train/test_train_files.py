@@ -54,6 +54,10 @@ class _FullFile:
         return self._file.fileno()
 
 
+RESULT = (
+    b'{"framework": "torch", "recipe": "bf16", "device": "cpu", "steps": 5, "loss": 2.5, "heldout_loss": 2.5, '
+    b'"tokens_per_second": 1.5, "peak_memory": 3}'
+)
 ADVICE = "No space left on device; free some space, or choose another --out"
 
 
@@ -144,6 +148,33 @@ def test_metrics_drop_a_line_cut_short(tmp_path: Path) -> None:
     folder.rewind_metrics(2)
     assert [line["step"] for line in folder.read_metrics()] == [1, 2]
     assert folder.metrics.read_text().endswith("}\n")
+
+
+def test_damaged_metrics(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "torch", "bf16")
+    folder.create()
+    for damage in (
+        b"{}\n",
+        b"[]\n",
+        b"{\n",
+        b"\xff\n",
+        b'{"step": 1, "loss": "2"}\n',
+        b'{"step": null, "loss": 2.0}\n',
+    ):
+        folder.metrics.write_bytes(b'{"step": 1, "loss": 2.0}\n' + damage)
+        with pytest.raises(UserError, match=f"^{folder.metrics}: damaged .*; delete {folder.path} and train it again$"):
+            folder.read_metrics()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff", RESULT.replace(b"2.5", b'"2.5"'), RESULT[:-9]])
+def test_damaged_result(tmp_path: Path, damage: bytes) -> None:
+    folder = RunFolder(tmp_path, "torch", "bf16")
+    folder.create()
+    folder.result.write_bytes(RESULT)
+    assert folder.read_result()
+    folder.result.write_bytes(damage)
+    with pytest.raises(UserError, match=f"^{folder.result}: damaged .*; delete {folder.path} and train it again$"):
+        folder.read_result()
 
 
 def test_missing_extra_is_named() -> None:

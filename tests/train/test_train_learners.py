@@ -1,6 +1,8 @@
 """The two learners: each by itself, and against each other. Every Flax learner costs a compilation, so they are few."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
@@ -142,6 +144,21 @@ def test_every_recipe_trains_in_torch(recipe: str, config: TrainConfig, corpus: 
     learner = torch_learner.TorchLearner(config, recipe, initial_weights(config))
     losses = run_steps(learner, config, corpus, 1, STEPS)
     assert losses[-1] < losses[0] - 1
+
+
+def test_torch_is_told_to_be_deterministic() -> None:
+    """In a process of its own, as the setting is the whole process's."""
+    code = (
+        "import sys, torch, xmoe.torch_backend.learner as learner\n"
+        "from xmoe.train.config import TrainConfig\n"
+        "from xmoe.train.model import initial_weights\n"
+        "config = TrainConfig(layers=1, dim=32, heads=2, num_experts=4, hidden_dim=32, device='cpu')\n"
+        "learner.make_learner(config, 'bf16', initial_weights(config))\n"
+        "warns, fills = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic\n"
+        "print(torch.are_deterministic_algorithms_enabled(), warns, fills.fill_uninitialized_memory)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.split(), done.stderr) == (["True", "True", "False"], "")
 
 
 @pytest.mark.parametrize("module", [torch_learner, flax_learner])

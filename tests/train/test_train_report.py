@@ -9,6 +9,7 @@ import pytest
 from matplotlib import image
 
 from xmoe.train.checkpoint import Result, RunFolder
+from xmoe.train.files import UserError
 from xmoe.train.report import COLUMNS, print_table, rows, write_report
 
 RESULT = Result(
@@ -36,6 +37,14 @@ def test_table_is_whole_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> No
     assert "50 steps on cpu" in text
     for cell in (*COLUMNS, *(cell for row in rows(results()) for cell in row)):
         assert cell in text
+
+
+def test_finished_run_without_metrics_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "torch", "bf16")
+    folder.create()
+    folder.finish(RESULT)
+    with pytest.raises(UserError, match=f"^{folder.metrics}: holds no losses; delete {folder.path} and train it again"):
+        write_report(tmp_path)
 
 
 def test_report_merges_finished_runs_and_draws_them(tmp_path: Path) -> None:

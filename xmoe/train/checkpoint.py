@@ -4,8 +4,10 @@ The checkpoint is one safetensors file of float32 arrays under framework-neutral
 two moments ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Either framework can go on from the other's.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,10 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
 
+    def is_started(self) -> bool:
+        """Whether it holds anything that --resume could go on with or the report could show."""
+        return self.checkpoint.exists() or self.result.exists()
+
     def clear(self) -> None:
         """Forget an earlier run."""
         with writing(self.path):
@@ -57,6 +63,12 @@ class RunFolder:
         """Make the folder itself."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+
+    def copy_from(self, other: "RunFolder") -> None:
+        """Take over the files of a finished run, the result last. Raises UserError."""
+        self.create()
+        for name in ("checkpoint", "metrics", "result"):
+            write_atomically(getattr(self, name), getattr(other, name).read_bytes())
 
     def save(self, state: State, step: int, corpus_digest: str) -> None:
         """Write the state after ``step`` steps. Raises UserError, the earlier checkpoint untouched."""
@@ -87,11 +99,17 @@ class RunFolder:
         append_line(self.metrics, json.dumps({"framework": self.framework, "recipe": self.recipe, **fields}))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The metrics so far; a last line cut short by a crash is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """The metrics so far; a last line cut short by a crash is left out. Raises UserError for a damaged file."""
+        with self._reading(self.metrics):
+            if not self.metrics.exists():
+                return []
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+            for number, record in enumerate(records, 1):
+                kind = "loss" if "loss" in record else "heldout_loss"
+                if not isinstance(record["step"], int) or not isinstance(record[kind], float):
+                    raise TypeError(f"line {number}: {record}")
+            return records
 
     def rewind_metrics(self, step: int) -> None:
         """Drop what was logged after ``step`` steps: a resumed run logs it again."""
@@ -103,8 +121,24 @@ class RunFolder:
         write_atomically(self.result, json.dumps(asdict(result), indent=2).encode() + b"\n")
 
     def read_result(self) -> Result | None:
-        """The result of a finished run."""
-        return Result(**json.loads(self.result.read_text())) if self.result.exists() else None
+        """The result of a finished run. Raises UserError for a damaged file."""
+        with self._reading(self.result):
+            if not self.result.exists():
+                return None
+            result = Result(**json.loads(self.result.read_text(encoding="utf-8")))
+            for field in dataclasses.fields(result):
+                if type(value := getattr(result, field.name)) is not field.type:
+                    raise TypeError(f"{field.name}: {value!r}")
+            return result
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Turn whatever a damaged file leads to into a UserError with its name."""
+        try:
+            yield
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            message = f"{path}: damaged ({type(error).__name__}: {error}); delete {self.path} and train it again"
+            raise UserError(" ".join(message.split())) from error
 
 
 def all_folders(out: Path) -> list[RunFolder]:

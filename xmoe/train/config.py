@@ -24,7 +24,7 @@ _CHOICES = {
     "compute_dtype": ("bfloat16", "float32"),
 }
 _MAY_BE_ZERO = {"seed", "shared_hidden_dim", "warmup_steps", "weight_decay", "load_balance", "eval_every"}
-_MULTIPLES_OF_32 = ("dim", "hidden_dim", "shared_hidden_dim", "seq_len")
+_MULTIPLES_OF_32 = ("dim", "hidden_dim", "shared_hidden_dim")
 """So that no recipe sees a short MX block, and GEMM rows are whole 16-byte words."""
 
 
@@ -90,9 +90,9 @@ class TrainConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be below 1")
 
     def quantization(self, recipe: str) -> GroupedMMConfig:
-        """The config of ``recipe`` under this run's kernel preference."""
+        """The config of ``recipe``, under this run's kernel preference unless the recipe names its own."""
         config = config_from_recipe(recipe)
-        if self.kernel_preference == KernelPreference.AUTO:
+        if config.kernel_preference is not KernelPreference.AUTO:
             return config
         return dataclasses.replace(config, kernel_preference=KernelPreference(self.kernel_preference))
 
@@ -148,17 +148,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_fields(path: Path) -> dict[str, Any]:
-    """The ``[train]`` table of a TOML file. Raises UserError, naming the file."""
+    """The ``[train]`` table of a TOML file. Raises UserError, naming the file.
+
+    A ``[quantize]`` table (``GroupedMMConfig.from_toml``) may stand beside it and says nothing to a training run, which
+    takes its recipes by name.
+    """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a readable TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    others = [name for name in document if name != "train"]
-    if others or not isinstance(document.get("train"), dict):
+    strangers = document.keys() - {"train", "quantize"}
+    if strangers or not isinstance(document.get("train"), dict):
         found = ", ".join(document) or "nothing"
-        raise UserError(f"{path}: found {found}; the file must hold one table, [train]")
+        raise UserError(f"{path}: found {found}; the file must hold a table [train], and may hold a [quantize] beside")
     try:
         TrainConfig.from_dict(document["train"])
     except UserError as error:
@@ -173,6 +177,8 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
             raise UserError(f'{name}={value!r} is not a list of strings; write {name} = ["...", "..."]')
         value = tuple(dict.fromkeys(value))
+        if nul := [item for item in value if "\0" in item]:
+            raise UserError(f"{name}: {nul[0]!r} holds a NUL character; leave it out")
         if not value and name != "data":
             raise UserError(f"{name} is empty; give one or more of {', '.join(choices or ())}")
     elif type(field.default) is float:

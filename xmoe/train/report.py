@@ -8,7 +8,7 @@ from typing import Any
 
 from xmoe.config import RECIPES
 from xmoe.train.checkpoint import Result, all_folders, json_lines
-from xmoe.train.files import write_atomically
+from xmoe.train.files import UserError, write_atomically
 
 BASELINE = "bf16"
 COLUMNS = ("framework", "recipe", "train loss", "held-out loss", "gap to bf16", "tokens/s", "peak memory")
@@ -16,9 +16,15 @@ _COLORS = ("#B7C0CE", "#C2410C", "#5E81AC", "#A3BE8C", "#B48EAD", "#BF616A", "#8
 
 
 def write_report(out: Path) -> list[Result]:
-    """Write OUT/metrics.jsonl and OUT/loss.png over all finished runs in ``out``, and return their results."""
+    """Write OUT/metrics.jsonl and OUT/loss.png over all finished runs in ``out``, and return their results.
+
+    Raises UserError for a damaged file, and when the disk is full.
+    """
     runs = [(folder, result) for folder in all_folders(out) if (result := folder.read_result())]
     metrics = [folder.read_metrics() for folder, _ in runs]
+    for (folder, _), lines in zip(runs, metrics, strict=True):
+        if not all(any(kind in line for line in lines) for kind in ("loss", "heldout_loss")):
+            raise UserError(f"{folder.metrics}: holds no losses; delete {folder.path} and train it again")
     write_atomically(out / "metrics.jsonl", json_lines(line for lines in metrics for line in lines))
     results = [result for _, result in runs]
     write_atomically(out / "loss.png", loss_chart(results, metrics))

@@ -1,7 +1,9 @@
 """Every framework with every recipe, one process each: clean memory figures, and no two frameworks on one GPU."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from xmoe.train.files import UserError, require, write_atomically, writing
 from xmoe.train.report import write_report
 
 CONFIG_FILE = "config.toml"
+REPLACEMENT = ".replacement"
+"""The folder in --out where runs train that are to replace those it holds: a copy of --out's own layout."""
 Devices = dict[str, tuple[str, tuple[int, int] | None]]
 """Framework → "cpu" or "cuda" and the compute capability."""
 
@@ -53,61 +57,141 @@ def find_devices(frameworks: tuple[str, ...], device: str) -> Devices:
     return found
 
 
-def check_recipes(config: TrainConfig, devices: Devices) -> None:
-    """Raise UserError when a recipe can't run on its device under the kernel preference asked for."""
+def check_recipes(config: TrainConfig, devices: Devices) -> set[str]:
+    """Whose grouped GEMMs the runs get: "triton", "torch", "emulated".
+
+    Raises UserError when a recipe can't run on its device under the kernel preference asked for.
+    """
     from xmoe.kernels.dispatch import Device, UnsupportedError, select
 
+    gemms: set[str] = set()
     for kind, capability in devices.values():
         for recipe in config.recipes:
+            device = Device(kind, capability, find_spec("triton") is not None)
             try:
-                select(config.quantization(recipe), Device(kind, capability, find_spec("triton") is not None))
+                gemms.add(select(config.quantization(recipe), device).gemm)
             except UnsupportedError as error:
                 raise UserError(str(error)) from error
+    return gemms
+
+
+def stored_config(out: Path) -> Path:
+    """The config.toml of the runs that --resume goes on with: those that are to replace others, if any has begun."""
+    begun = any(folder.is_started() for folder in all_folders(out / REPLACEMENT))
+    return (out / REPLACEMENT if begun else out) / CONFIG_FILE
 
 
 def run(config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool = False) -> list[Result]:
     """Train everything that ``config`` names in processes of their own, and write the report into ``out``.
 
-    With ``resume``, finished runs are kept and started ones go on. Runs of other frameworks and recipes that ``out``
-    already holds with the same settings stay, and the report compares all of them. Raises UserError or WorkerFailed;
+    Runs of other frameworks and recipes that ``out`` already holds with the same settings stay, and the report compares
+    all of them. With ``resume``, finished runs are kept and started ones go on. With ``overwrite``, the runs that
+    ``out`` holds are replaced, once all of the new ones are finished. Raises UserError or WorkerFailed;
     KeyboardInterrupt after the run in progress has saved its state.
     """
     load_corpus(config.data, config.seq_len)  # a bad file should stop this process, before any other starts
-    folders = [RunFolder(out, framework, recipe) for framework in config.frameworks for recipe in config.recipes]
-    keeps_others = _check_out(config, out, folders, resume=resume, overwrite=overwrite)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    place = stored_config(out).parent if resume else out
+    folders, united = _folders(config, place), config
+    holds_runs = any(folder.is_started() for folder in all_folders(place))
+    if holds_runs and overwrite:
+        place = out / REPLACEMENT
+        folders = _folders(config, place)
+    elif holds_runs or resume:
+        united = _check_place(config, place, folders, resume=resume)
+        if place != out:
+            folders = _folders(united, place)  # none of them may be left behind
     if not resume:
-        for folder in folders if keeps_others else all_folders(out):
-            folder.clear()
-    write_atomically(out / CONFIG_FILE, config.to_toml().encode())
+        _remove(out / REPLACEMENT)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    write_atomically(place / CONFIG_FILE, united.to_toml().encode())
     for folder in folders:
         if not folder.result.exists():
-            _worker("train", folder.framework, folder.recipe, str(out))
+            _worker("train", folder.framework, folder.recipe, str(place))
+    if place != out:
+        _replace_runs(out)
     return write_report(out)
 
 
-def _check_out(config: TrainConfig, out: Path, folders: list[RunFolder], *, resume: bool, overwrite: bool) -> bool:
-    """Whether ``out`` holds runs with the same settings. Raises UserError for others, or nothing to resume."""
-    stored = out / CONFIG_FILE
-    started = any(folder.checkpoint.exists() or folder.result.exists() for folder in folders)
-    if resume and not (started and stored.exists()):
-        raise UserError(f"--resume: {out} holds no checkpoint of these runs; leave --resume out to start them")
-    if overwrite or not stored.exists():
-        return False
-    if changed := TrainConfig.load(stored).differences(config):
+def _folders(config: TrainConfig, place: Path) -> list[RunFolder]:
+    return [RunFolder(place, framework, recipe) for framework in config.frameworks for recipe in config.recipes]
+
+
+def _check_place(config: TrainConfig, place: Path, folders: list[RunFolder], *, resume: bool) -> TrainConfig:
+    """``config`` with the frameworks and recipes added that ``place`` holds already, with the same settings.
+
+    Raises UserError for other settings, damaged files, nothing to resume, or finished work without ``resume``.
+    """
+    started = [folder.path.name for folder in folders if folder.is_started()]
+    if resume and not started:
+        raise UserError(f"--resume: {place} holds no checkpoint of these runs; leave --resume out to start them")
+    stored = TrainConfig.load(place / CONFIG_FILE)
+    if changed := stored.differences(config):
         advice = "use the same settings" if resume else "choose another --out, or add --overwrite"
-        raise UserError(f"{out} holds runs with other settings ({'; '.join(changed)}); {advice}")
-    return True
+        raise UserError(f"{place} holds runs with other settings ({'; '.join(changed)}); {advice}")
+    if started and not resume:
+        raise UserError(
+            f"{place} already holds {', '.join(started)}; "
+            "add --resume to keep what is finished and go on with the rest, or --overwrite to train again"
+        )
+    for folder in all_folders(place):  # the report will need them: say so now rather than after hours of training
+        folder.read_result()
+        folder.read_metrics()
+    return _united(config, stored)
+
+
+def _replace_runs(out: Path) -> None:
+    """Put the runs in OUT/REPLACEMENT, all finished, in place of those in ``out``; those with other settings go.
+
+    They are copied, so that after a failure midway --resume does it again.
+    """
+    new = out / REPLACEMENT
+    config = TrainConfig.load(new / CONFIG_FILE)
+    for folder in _folders(config, new):
+        RunFolder(out, folder.framework, folder.recipe).copy_from(folder)
+    united = config
+    try:
+        stored = TrainConfig.load(out / CONFIG_FILE)
+    except UserError:  # nobody can tell what the others were
+        stored = None
+    if stored and not stored.differences(config):
+        united = _united(config, stored)
+    else:
+        for folder in all_folders(out):
+            if folder.framework not in config.frameworks or folder.recipe not in config.recipes:
+                folder.clear()
+    write_atomically(out / CONFIG_FILE, united.to_toml().encode())
+    _remove(new)
+
+
+def _united(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
+    """``config`` with the frameworks and recipes of ``stored`` too."""
+    frameworks, recipes = stored.frameworks + config.frameworks, stored.recipes + config.recipes
+    return dataclasses.replace(config, frameworks=frameworks, recipes=recipes)
+
+
+def _remove(folder: Path) -> None:
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a run's process: this one's, with what makes a second run repeat the first bit by bit."""
+    # XLA's scatter-adds are atomic, in any order, unless told otherwise (two bf16 runs of 500 steps on an H200: losses
+    # 1% apart; with the flag equal, and as fast). cuBLAS repeats itself with a workspace of fixed size.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        flags = f"{flags} --xla_gpu_deterministic_ops=true".lstrip()
+    # OpenMP threads that spin while they wait cost little on idle cores, but 3.5 times the step on busy ones (fp8
+    # emulation on two cores with two other jobs: 0.96 s a step, waiting passively 0.27 s).
+    return {"OMP_WAIT_POLICY": "PASSIVE", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ, "XLA_FLAGS": flags}
 
 
 def _worker(*arguments: str, stdout: int | None = None) -> str:
     """Run ``python -m xmoe.train.worker`` to its end and return its captured output. Ctrl-C is passed on, once."""
     command = [sys.executable, "-m", "xmoe.train.worker", *arguments]
-    # OpenMP threads that spin while they wait cost little on idle cores, but 3.5 times the step on busy ones (fp8
-    # emulation on two cores with two other jobs: 0.96 s a step, waiting passively 0.27 s).
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    with subprocess.Popen(command, stdout=stdout, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=stdout, text=True, env=worker_environment()) as process:
         earlier = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
