@@ -6,7 +6,7 @@
 try:
     import jax as _jax  # noqa: F401
 except ImportError as error:
-    raise ImportError('xmoe.jax_frontend needs jax: pip install "xmoe[jax]"') from error
+    raise ImportError(f'xmoe.jax_frontend needs jax ({error}): pip install "xmoe[jax]"') from error
 
 from typing import TYPE_CHECKING, Any
 

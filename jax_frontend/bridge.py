@@ -13,6 +13,7 @@ M tokens, K contraction of the forward, N output features, G groups.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -52,15 +53,25 @@ def backward(
 def has_kernels(config: GroupedMMConfig, platform: str) -> bool:
     """Whether the dispatch table has more than an emulation for ``config`` on ``platform``, "cpu" or "gpu".
 
-    Raises `xmoe.kernels.dispatch.UnsupportedError` (a ValueError) if it cannot honour the kernel preference.
+    Raises `xmoe.kernels.dispatch.UnsupportedError` (a ValueError) if it cannot honour the kernel preference. On "gpu",
+    ask `obstacle` first.
     """
     return _implementation(config, platform).gemm != "emulated"
 
 
+def obstacle(platform: str) -> str:
+    """Why torch cannot run on the devices that JAX calls ``platform``, and what to install; "" where it can."""
+    torch = _torch()
+    if platform != "gpu" or torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; reinstall it from PyPI, whose wheels have CUDA"
+    return f"torch {torch.__version__} finds no GPU for its CUDA {torch.version.cuda}; update the GPU's driver"
+
+
 def torch_from_jax(array: jax.Array) -> "torch.Tensor":
     """A torch tensor on the memory of ``array``: no copy. Do not write to it: JAX takes its arrays for constants."""
-    torch, _ = _kernels()
-    return torch.from_dlpack(array)
+    return _torch().from_dlpack(array)
 
 
 # --------------------------------------------------------------------------------------------------------------- calls
@@ -98,7 +109,7 @@ def _run(call: _Call, *inputs: jax.Array) -> list[jax.Array]:
 
 @functools.lru_cache(maxsize=4096)
 def _forward_call(plan: Plan, save: bool) -> _Call:
-    _, pipeline = _kernels()
+    pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
     if plan.platform == "gpu":
         _warm_up(problem, config)
@@ -112,7 +123,7 @@ def _forward_call(plan: Plan, save: bool) -> _Call:
 
 @functools.lru_cache(maxsize=4096)
 def _backward_call(plan: Plan, need_dA: bool, need_dB: bool) -> _Call:
-    _, pipeline = _kernels()
+    pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
     spec = pipeline.backward_spec(problem, config, device, need_dA, need_dB)
     if need_dB and plan.transpose_rhs:  # XLA's buffer has the layout of rhs; the kernels get its [G, K, N] view
@@ -133,23 +144,29 @@ def _backward_call(plan: Plan, need_dA: bool, need_dB: bool) -> _Call:
 # ------------------------------------------------------------------------------------------------------------- devices
 
 
-def _kernels() -> tuple[Any, Any]:
-    """torch and `xmoe.kernels.pipeline`, on first use."""
+def _torch() -> Any:
+    """torch, on first use."""
     try:
         import torch
-
-        from xmoe.kernels import pipeline
     except ImportError as error:
         raise ImportError(
-            f"the JAX bridge needs torch and xmoe's kernels ({error}): pip install 'xmoe[jax]', "
-            "or call ragged_dot(..., implementation='jax')"
+            f"xmoe's kernels and to_torch need torch, which cannot be imported ({error}): "
+            "pip install 'torch>=2.11,<2.14', or stay in JAX with ragged_dot(..., implementation='jax')"
         ) from error
-    return torch, pipeline
+    return torch
+
+
+def _pipeline() -> Any:
+    """`xmoe.kernels.pipeline`, on first use."""
+    _torch()
+    from xmoe.kernels import pipeline
+
+    return pipeline
 
 
 def _device(platform: str) -> "Device":
     """The dispatch table's view of ``platform``; the GPUs of one process are taken to be alike."""
-    _, pipeline = _kernels()
+    pipeline = _pipeline()
     return pipeline.device_of("cuda", 0) if platform == "gpu" else pipeline.device_of("cpu")
 
 
@@ -161,42 +178,58 @@ def _implementation(config: GroupedMMConfig, platform: str) -> "Implementation":
 
 
 def _problem(plan: Plan) -> "pipeline.Problem":
-    _, pipeline = _kernels()
-    return pipeline.Problem(plan.M, plan.N, plan.K, plan.G, plan.lhs_dtype, plan.rhs_dtype, plan.out_dtype)
+    return _pipeline().Problem(plan.M, plan.N, plan.K, plan.G, plan.lhs_dtype, plan.rhs_dtype, plan.out_dtype)
 
 
 def _warm_up(problem: "pipeline.Problem", config: GroupedMMConfig) -> None:
     """Compiles and loads the kernels now, on every GPU of this process: none may compile while XLA records a graph."""
-    torch, pipeline = _kernels()
     for device in jax.local_devices(backend="gpu"):
-        pipeline.warm_up(problem, config, torch.device("cuda", device.local_hardware_id))
+        _pipeline().warm_up(problem, config, _torch().device("cuda", device.local_hardware_id))
 
 
 def _tensor(buffer: Any) -> "torch.Tensor":
-    torch, _ = _kernels()
-    return torch.from_dlpack(buffer)
+    return _torch().from_dlpack(buffer)
 
 
 @contextlib.contextmanager
 def _on_stream(ctx: Any, buffer: Any) -> Iterator[None]:
     """torch on the device and stream that XLA runs this callback on."""
-    torch, _ = _kernels()
+    torch = _torch()
     kind, index = buffer.__dlpack_device__()
     with torch.no_grad():
         if kind != torch.utils.dlpack.DLDeviceType.kDLCUDA:
-            with _one_thread(torch):
+            with _one_thread:
                 yield
             return
         with torch.cuda.device(index), torch.cuda.stream(torch.cuda.ExternalStream(ctx.stream, device=index)):
             yield
 
 
-@contextlib.contextmanager
-def _one_thread(torch: Any) -> Iterator[None]:
-    """torch on the calling thread alone: its pool and XLA's, on the same cores, make milliseconds of microseconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class _OneThread:
+    """torch on the calling thread alone: its pool and XLA's, on the same cores, make milliseconds of microseconds.
+
+    The number of torch's threads belongs to the calling thread, and the last one set anywhere is what new threads begin
+    with. So of callbacks that overlap the first takes note of the number, and each gives it back to its own thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._threads = 0
+
+    def __enter__(self) -> None:
+        torch = _torch()
+        with self._lock:
+            if self._depth == 0:
+                self._threads = torch.get_num_threads()
+            self._depth += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch = _torch()
+        with self._lock:
+            self._depth -= 1
+            torch.set_num_threads(self._threads)
+
+
+_one_thread = _OneThread()

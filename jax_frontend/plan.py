@@ -1,20 +1,23 @@
 """What is static about one `ragged_dot`: its sizes, dtypes, config and implementation, checked once, at trace time."""
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from xmoe.config import BF16GroupedMMConfig, GroupedMMConfig, KernelPreference, config_from_recipe
+from xmoe.config import GroupedMMConfig, KernelPreference, as_config
 from xmoe.dtypes import dtype_name
+from xmoe.operands import FEATURE_MULTIPLE
+
+_log = logging.getLogger(__name__)
 
 Engine = Literal["bridge", "jax"]
 
 DTYPES = ("bfloat16", "float32")
 """Of lhs, rhs and the output."""
-_MULTIPLE = 16
-"""K and N are multiples of this: rows of 16 bytes, on every device (docs/design.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,6 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "gpu") else name
 
 
-def as_config(config: Any) -> GroupedMMConfig:
-    """A config as it is, a recipe (enum or name) as its config, None as the bfloat16 baseline."""
-    if config is None:
-        return BF16GroupedMMConfig()
-    return config if isinstance(config, GroupedMMConfig) else config_from_recipe(config)
-
-
 def make_plan(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -78,13 +74,14 @@ def make_plan(
             f"give equal K, or transpose_rhs={not transpose_rhs}"
         )
     for name, size in (("K", K), ("N", N)):
-        if size == 0 or size % _MULTIPLE:
+        if size == 0 or size % FEATURE_MULTIPLE:
             raise ValueError(
-                f"{name}={size} of rhs (shape {rhs.shape}) is not a positive multiple of {_MULTIPLE}; pad it with zeros"
+                f"{name}={size} of rhs (shape {rhs.shape}) is not a positive multiple of {FEATURE_MULTIPLE}; "
+                "pad it with zeros"
             )
     if group_sizes.shape != (G,):
         raise ValueError(f"group_sizes has shape {group_sizes.shape}; give ({G},), one size for each group of rhs")
-    if group_sizes.dtype != jnp.int32:
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes is {group_sizes.dtype}; give group_sizes.astype(jnp.int32)")
     lhs_dtype, rhs_dtype = dtype_name(lhs.dtype, "lhs.dtype", DTYPES), dtype_name(rhs.dtype, "rhs.dtype", DTYPES)
     if preferred_element_type is not None:
@@ -109,10 +106,23 @@ def _engine(config: GroupedMMConfig, implementation: str | None, where: str) -> 
         )
     if implementation == "bridge" and where not in ("cpu", "gpu"):
         raise ValueError(f"implementation='bridge' runs on GPU and CPU, not on {where}; use implementation='jax'")
-    if implementation is not None:
-        return implementation
-    if where != "gpu" or preference is KernelPreference.EMULATED:
+    if implementation is None and (where != "gpu" or preference is KernelPreference.EMULATED):
+        implementation = "jax"
+    if implementation == "jax":
         return "jax"
     from xmoe.jax_frontend import bridge
 
-    return "bridge" if bridge.has_kernels(config, where) else "jax"
+    if obstacle := bridge.obstacle(where):
+        if implementation is None and not named:
+            _warn_once(f"ragged_dot runs in plain JAX, far slower than xmoe's kernels: {obstacle}")
+            return "jax"
+        asked, other = f"kernel_preference={preference}", "kernel_preference=auto"
+        if not named:
+            asked, other = "implementation='bridge'", "implementation='jax'"
+        raise ValueError(f"{asked} needs torch on the GPU, but {obstacle}, or use {other}")
+    return "bridge" if implementation == "bridge" or bridge.has_kernels(config, where) else "jax"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)

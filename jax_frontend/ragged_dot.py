@@ -34,16 +34,19 @@ def ragged_dot(
 ) -> jax.Array:
     """[M, N]: each group's rows of ``lhs`` times its matrix in ``rhs``; quantized by ``config``, differentiable.
 
+    ``config=None`` is the bfloat16 baseline: it rounds float32 operands to bfloat16, as `jax.lax.ragged_dot` does not.
+
     The rows of group g follow those of group g-1; rows past the last group come out as zeros, in the output and in the
     gradient. Sizes are data: where their sum exceeds M the last groups are cut, and no value reads or writes out of
     bounds. For the backward stay ``rhs`` and of ``lhs`` its 8-bit wgrad operand (K bytes a token, each group padded to
-    128 tokens, and the scales), or ``lhs`` itself where ``config`` computes the weight gradient in bf16.
+    128 tokens, and the scales), or ``lhs`` itself, in its dtype, where ``config`` computes the weight gradient in bf16.
 
     Args:
         lhs: [M, K], bfloat16 or float32. K and N are multiples of 16.
         rhs: [G, K, N], bfloat16 or float32.
-        group_sizes: int32 [G]; its cotangent is None.
-        precision: None or DEFAULT, as in `jax.lax.ragged_dot`; ``config`` decides about precision.
+        group_sizes: [G], of any integer dtype, computed with as int32; its cotangent is None.
+        precision: None or DEFAULT. HIGH, HIGHEST and algorithms are refused, because the operands have 8 or 16 bits
+            whatever the precision; what is left to choose is ``config.accumulation``.
         preferred_element_type: bfloat16 or float32; None: ``config.out_dtype``, or else the dtype of ``lhs``.
         group_offset, out_sharding: only None; here for the signature of `jax.lax.ragged_dot`.
         config: a `GroupedMMConfig`, a recipe (enum or name, see `xmoe.RECIPES`), or None for the bfloat16 baseline.
@@ -53,10 +56,13 @@ def ragged_dot(
 
     Raises:
         ValueError: at trace time, naming the argument, its value and the fix.
-        ImportError: the bridge is asked for and torch is not installed.
+        ImportError: torch, which the bridge needs, cannot be imported.
     """
     if precision not in (None, jax.lax.Precision.DEFAULT, "default"):
-        raise ValueError(f"precision={precision!r} is not supported; use None, and config.accumulation='precise'")
+        raise ValueError(
+            f"precision={precision!r} is not supported; use None, with config.accumulation='precise' for more "
+            "exact sums, or jax.lax.ragged_dot for float32 operands"
+        )
     if group_offset is not None:
         raise ValueError("group_offset is not supported; use None, and give this shard's own rows, sizes and weights")
     if out_sharding is not None:

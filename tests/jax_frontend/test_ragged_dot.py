@@ -104,6 +104,17 @@ def test_config_none_a_recipe_and_a_config_are_interchangeable() -> None:
 
 
 @each_engine
+@pytest.mark.parametrize("dtype", ["int8", "uint32", "int64"])
+def test_sizes_of_any_integer_dtype(engine: str, dtype: str) -> None:
+    grads = jax.jit(jax.grad(functools.partial(loss, config="bf16", implementation=engine), (0, 1)))
+    want = grads(A, B, jnp.asarray(SIZES))
+    with jax.enable_x64(True):
+        sizes = jnp.asarray(SIZES, dtype)
+        assert sizes.dtype == dtype
+        assert_equal(grads(A, B, sizes), want)
+
+
+@each_engine
 def test_no_tokens(engine: str) -> None:
     none = np.zeros(G, np.int32)
     dlhs, drhs = jax.jit(jax.grad(functools.partial(loss, sizes=none, implementation=engine), (0, 1)))(A[:0], B)
@@ -246,7 +257,7 @@ def _with(**changes: Any) -> Callable[[], Any]:
         (_with(rhs=B[:, :, :70]), "N=70 .* multiple of 16"),
         (_with(lhs=A[:, :40], rhs=B[:, :40]), "K=40 .* multiple of 16"),
         (_with(group_sizes=jnp.asarray(SIZES[:3])), r"group_sizes has shape \(3,\); give \(4,\)"),
-        (_with(group_sizes=jnp.asarray(SIZES).astype(jnp.int16)), r"int16; give group_sizes.astype\(jnp.int32\)"),
+        (_with(group_sizes=jnp.asarray(SIZES, jnp.float32)), r"float32; give group_sizes.astype\(jnp.int32\)"),
         (_with(lhs=A.astype(jnp.float16)), "lhs.dtype=.*float16.* use one of bfloat16, float32"),
         (_with(rhs=B.astype(jnp.int8)), "rhs.dtype=.*int8"),
         (_with(preferred_element_type=jnp.int32), "preferred_element_type=.*int32"),
