@@ -1,6 +1,7 @@
 """Differentiable grouped GEMMs in low precision: drop-ins for ``torch._grouped_mm(A, B_t, offs)``."""
 
 import dataclasses
+from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
@@ -8,37 +9,43 @@ import torch
 from torch import Tensor
 
 from xmoe.config import (
-    BF16GroupedMMConfig,
     FP8GroupedMMConfig,
     GroupedMMConfig,
     KernelPreference,
     MXFP8GroupedMMConfig,
     ScaleCalculationMode,
+    as_config,
     config_from_key,
 )
 from xmoe.torch_backend import ops  # noqa: F401 (registers torch.ops.xmoe)
 
-_BF16_KEY = BF16GroupedMMConfig().to_key()
 
-
-def scaled_grouped_mm(A: Tensor, B_t: Tensor, offs: Tensor, config: GroupedMMConfig | None = None) -> Tensor:
+def scaled_grouped_mm(
+    A: Tensor, B_t: Tensor, offs: Tensor, config: GroupedMMConfig | StrEnum | str | None = None
+) -> Tensor:
     """out[M, N] = A_g @ B_t[g] for the rows of each group g, and its gradients, in the precision of `config`.
+
+    Without a config that is bfloat16: fp32 inputs are rounded to bf16 before every GEMM.
 
     Args:
         A: bf16 or fp32 [M, K]. Group g owns the rows ``offs[g-1]:offs[g]``.
         B_t: bf16 or fp32 [G, K, N], any strides; for weights stored [G, N, K] give ``weight.transpose(-2, -1)``.
         offs: int32 [G], the end row of each group. Groups may be empty and need no alignment; rows past the last one
             come out as zeros. Offsets stay on the device: bad ones raise under ``config.debug`` only.
-        config: what to quantize; None is the bf16 baseline.
+        config: what to quantize: a config, or a recipe (enum member or name); None is the bf16 baseline.
 
     Returns:
         [M, N] in ``config.out_dtype``, or in the dtype of A.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit; K or N not a multiple of 16; a config that the device
-            cannot run under its kernel preference.
+        ValueError: a shape, dtype or device that does not fit; K or N not a multiple of 16; no tensor where one is
+            needed; a config that the device cannot run under its kernel preference.
     """
-    return grouped_mm_by_key(A, B_t, offs, _BF16_KEY if config is None else config.to_key())
+    for name, x in (("A", A), ("B_t", B_t), ("offs", offs)):
+        if not isinstance(x, Tensor):
+            form = ": int32 [G], the end row of each group" if name == "offs" else ""
+            raise ValueError(f"{name} is {'None' if x is None else type(x).__name__}; give a torch.Tensor{form}")
+    return grouped_mm_by_key(A, B_t, offs, as_config(config).to_key())
 
 
 def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> Tensor:

@@ -157,7 +157,7 @@ class GroupedMMConfig:
             raise ValueError(f"recipe={recipe!r} is not known; use one of {', '.join(names)}")
         if not issubclass(owner, cls):
             raise ValueError(f"recipe={str(recipe)!r} is not a recipe of {cls.__name__}; use {owner.__name__}")
-        return cast(Self, owner(**_recipe_fields(recipe)))
+        return cast(Self, _PRESETS[recipe])
 
     def to_key(self) -> str:
         """The config as one canonical line, "fp8_rowwise;accumulation=precise"; ``config_from_key`` reads it."""
@@ -272,6 +272,10 @@ def _check_names(cls: type[GroupedMMConfig], given: Mapping[str, Any], *also: st
         raise ValueError(f"{', '.join(unknown)}: not a field of {cls.__name__}; the fields are {', '.join(accepted)}")
 
 
+_PRESETS = {recipe: owner(**_recipe_fields(recipe)) for recipe, owner in _OWNERS.items()}
+"""Every recipe's config, made once: torch.compile looks it up, where it could not trace the making."""
+
+
 def config_from_recipe(recipe: StrEnum | str) -> GroupedMMConfig:
     """The config of any recipe: a member of a recipe enum or a name in ``RECIPES``. Raises ValueError on others."""
     return GroupedMMConfig.from_recipe(recipe)
@@ -282,12 +286,10 @@ def as_config(config: Any) -> GroupedMMConfig:
 
     Raises ValueError on anything else.
     """
-    if config is None:
-        return BF16GroupedMMConfig()
     if isinstance(config, GroupedMMConfig):
         return config
-    if isinstance(config, str):
-        return config_from_recipe(config)
+    if config is None or isinstance(config, str):
+        return config_from_recipe(BF16GroupedMMRecipe.BF16 if config is None else config)
     raise ValueError(f"config={config!r} is not a config; give a GroupedMMConfig or one of {', '.join(RECIPES)}")
 
 

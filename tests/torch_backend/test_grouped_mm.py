@@ -12,8 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.torch_backend.layouts import LAYOUTS
 from xmoe import oracle, shapes
-from xmoe.config import RECIPES, FP8GroupedMMConfig, GroupedMMConfig, config_from_recipe
+from xmoe.config import (
+    RECIPES,
+    FP8GroupedMMConfig,
+    FP8GroupedMMRecipe,
+    GroupedMMConfig,
+    KernelPreference,
+    MXFP8GroupedMMConfig,
+    ScaleCalculationMode,
+    config_from_recipe,
+)
 from xmoe.torch_backend import (
+    _to_fp8_rowwise_then_scaled_grouped_mm,
+    _to_mxfp8_then_scaled_grouped_mm,
     generate_jagged_offs,
     ops,
     scaled_grouped_mm,
@@ -81,13 +92,36 @@ def test_format_error_per_expert(recipe: str) -> None:
         assert abs(db - expected) < 0.5
 
 
-def test_rowwise_quantized_functions() -> None:
+@pytest.mark.parametrize("function", [to_fp8_rowwise_then_scaled_grouped_mm, _to_fp8_rowwise_then_scaled_grouped_mm])
+def test_to_fp8_rowwise(function: Callable[..., Tensor]) -> None:
     A, W, offs = problem()
-    expected = scaled_grouped_mm(A, W.mT, offs, FP8)
-    assert torch.equal(to_fp8_rowwise_then_scaled_grouped_mm(A, W.mT, offs), expected)
-    expected = scaled_grouped_mm(A, W.mT, offs, config_from_recipe("mxfp8_emulated_floor"))
-    got = to_mxfp8_then_scaled_grouped_mm(A, W.mT, offs, kernel_preference="emulated", scale_calculation_mode="floor")
-    assert torch.equal(got, expected)
+    assert torch.equal(function(A, W.mT, offs), scaled_grouped_mm(A, W.mT, offs, FP8))
+    fields: dict[str, Any] = {"out_dtype": torch.float32, "kernel_preference": "emulated", "wgrad_with_hp": True}
+    check_fields(function(A=A, B_t=W.mT, offs=offs, **fields), A, W, offs, FP8GroupedMMConfig(**fields))
+
+
+@pytest.mark.parametrize("function", [to_mxfp8_then_scaled_grouped_mm, _to_mxfp8_then_scaled_grouped_mm])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_to_mxfp8(function: Callable[..., Tensor], by_name: bool) -> None:
+    A, W, offs = problem()
+    assert torch.equal(function(A, W.mT, offs), scaled_grouped_mm(A, W.mT, offs, MXFP8GroupedMMConfig()))
+    fields: dict[str, Any] = {
+        "out_dtype": torch.float32,
+        "kernel_preference": KernelPreference.EMULATED,
+        "wgrad_with_hp": True,
+        "scale_calculation_mode": ScaleCalculationMode.FLOOR,
+    }
+    out = function(A=A, B_t=W.mT, offs=offs, **fields) if by_name else function(A, W.mT, offs, *fields.values())
+    check_fields(out, A, W, offs, MXFP8GroupedMMConfig(**fields))
+
+
+def check_fields(out: Tensor, A: Tensor, W: Tensor, offs: Tensor, config: GroupedMMConfig) -> None:
+    """Of the forward and, where wgrad_with_hp shows, of the weight's gradient."""
+    expected = scaled_grouped_mm(A, W.mT, offs, config)
+    dOut = torch.randn_like(out)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+    assert torch.equal(*(torch.autograd.grad(x, W, dOut)[0] for x in (out, expected)))
 
 
 def test_baseline_is_bf16() -> None:
@@ -95,6 +129,19 @@ def test_baseline_is_bf16() -> None:
     assert torch.equal(scaled_grouped_mm(A, W.mT, offs), scaled_grouped_mm(A, W.mT, offs, config_from_recipe("bf16")))
     reference = torch._grouped_mm(A, W.mT, offs=offs)[:90]
     assert oracle.sqnr(numpy(reference), numpy(scaled_grouped_mm(A, W.mT, offs)[:90])) >= KERNEL_TIER[torch.bfloat16]
+
+
+@pytest.mark.parametrize("config", ["fp8_rowwise", FP8GroupedMMRecipe.FP8_ROWWISE, None])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_config_by_recipe(config: str | None, compiled: bool) -> None:
+    A, W, offs = problem()
+
+    def layer(A: Tensor, W: Tensor, offs: Tensor) -> Tensor:
+        return scaled_grouped_mm(A, W.mT, offs, config)
+
+    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    expected = scaled_grouped_mm(A, W.mT, offs, FP8 if config else config_from_recipe("bf16"))
+    assert torch.equal(run(A, W, offs), expected)
 
 
 @pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float32])
@@ -353,6 +400,22 @@ def test_bad_arguments(change: Callable[..., Any], message: str, fake: bool) -> 
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda A, B, offs: (A, B, None), r"offs is None; give a torch.Tensor: int32 \[G\], the end row of each group"),
+        (lambda A, B, offs: (A, B, [1, 2]), r"offs is list; give a torch.Tensor: int32"),
+        (lambda A, B, offs: (numpy(A), B, offs), r"A is ndarray; give a torch.Tensor"),
+        (lambda A, B, offs: (A, numpy(B), offs), r"B_t is ndarray; give a torch.Tensor"),
+        (lambda A, B, offs: (A, B, offs, 3), r"config=3 is not a config; give a GroupedMMConfig or one of bf16"),
+    ],
+)
+def test_arguments_of_the_wrong_type(change: Callable[..., Any], message: str) -> None:
+    A, W, offs = problem()
+    with pytest.raises(ValueError, match=message):
+        scaled_grouped_mm(*change(A, W.mT, offs))
+
+
+@pytest.mark.parametrize(
     ("offs", "message"),
     [
         ((30, 20, 70, 90), r"offs\[1\]=20 is less than offs\[0\]=30; give cumulative sums"),
@@ -384,3 +447,7 @@ def test_jagged_offs(multiple_of: int) -> None:
         generate_jagged_offs(8, 100, 32)
     with pytest.raises(ValueError, match="E=0"):
         generate_jagged_offs(0, 100)
+    with pytest.raises(ValueError, match="M=-32 rows; give 0 or more"):
+        generate_jagged_offs(8, -32, 32)
+    with pytest.raises(ValueError, match="multiple_of=0; give at least 1"):
+        generate_jagged_offs(8, 100, 0)

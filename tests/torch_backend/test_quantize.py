@@ -71,6 +71,8 @@ def test_filter_narrows_a_mapping() -> None:
 
 def test_shortcut() -> None:
     assert xmoe.quantize_ is quantize_
+    assert "quantize_" in dir(xmoe)
+    assert "FqnToConfig" in dir(xmoe)
 
 
 def test_converting_again_replaces_the_config() -> None:
