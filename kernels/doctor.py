@@ -2,17 +2,26 @@
 
 import importlib.metadata
 import json as jsonlib
+import os
 import platform
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
+import xmoe
 from xmoe.config import RECIPES, KernelPreference, config_from_recipe
 from xmoe.kernels import pipeline, tuning
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
 
-PACKAGES = ("xmoe", "torch", "triton", "jax", "flax", "numpy", "ml_dtypes", "torchao")
+PACKAGES = ("torch", "triton", "jax", "flax", "numpy", "ml_dtypes", "torchao")
+
+# For a Python of its own: in this one, JAX would go on holding memory of the GPU.
+_ASK_JAX = "import jax; print('; '.join(f'{d.device_kind} ({d.platform})' for d in jax.devices()))"
+JAX_SECONDS = 120
+"""How long JAX may take to find its devices."""
 
 
 def _version(package: str) -> str | None:
@@ -20,6 +29,37 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def jax_devices() -> str | None:
+    """The devices that JAX finds: "NVIDIA H200 (gpu)"; why it finds none; None where JAX is not installed."""
+    if _version("jax") is None:
+        return None
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-c", _ASK_JAX]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=JAX_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {JAX_SECONDS} seconds"
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return lines[-1] if lines else f"no answer, exit status {done.returncode}"
+
+
+def jax_advice(found: str | None, torch_has_gpu: bool, has_plugin: bool) -> list[str]:
+    """What to install so that JAX and torch, whose kernels JAX runs, find the same GPU. ``found``: `jax_devices`."""
+    if found is None:
+        return ['the JAX frontend needs jax: pip install "xmoe[jax]" (and "xmoe[flax]" for the layers)']
+    on_gpu = found.endswith("(gpu)")
+    if on_gpu and not torch_has_gpu:
+        return [
+            "JAX finds a GPU and torch finds none; the JAX frontend runs xmoe's kernels through torch: "
+            "install the CUDA build of torch (pip install torch)"
+        ]
+    if torch_has_gpu and not on_gpu:
+        if has_plugin:
+            return ["torch finds a GPU and JAX does not, though it has a CUDA plugin: see what JAX finds, above"]
+        return ['jax has no CUDA plugin, so it runs on the CPU: pip install "xmoe[cuda]"']
+    return []
 
 
 def table(device: Device) -> list[dict[str, Any]]:
@@ -58,16 +98,16 @@ def report() -> dict[str, Any]:
             f"no tile shapes were measured for {device}; it uses those of {tuning.arch(device.capability)}. "
             "`python -m xmoe.kernels.tune` measures and writes them"
         )
-    if _version("jax") is None:
-        advice.append('the JAX frontend needs jax: pip install "xmoe[jax]" (and "xmoe[flax]" for the layers)')
-    elif gpus and _version("jax-cuda13-plugin") is None and _version("jax-cuda12-plugin") is None:
-        advice.append('jax has no CUDA plugin, so it runs on the CPU: pip install "xmoe[cuda]"')
+    jax_finds = jax_devices()
+    has_plugin = any(_version(f"jax-cuda{major}-plugin") for major in (12, 13))
+    advice += jax_advice(jax_finds, bool(gpus), has_plugin)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {"xmoe": xmoe.__version__, **{package: _version(package) for package in PACKAGES}},
         "cuda": torch.version.cuda,
         "gpus": gpus,
+        "jax_finds": jax_finds,
         "device": str(device),
         "recipes": table(device),
         "advice": advice,
@@ -87,6 +127,7 @@ def run(json: bool = False) -> int:
         print(f"GPU       {gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB")
     if not facts["gpus"]:
         print("GPU       none")
+    print(f"JAX       {facts['jax_finds'] or 'not installed'}")
     print(f"\n{'recipe':<28}{'runs as':<20}why")
     seen = {}
     for row in facts["recipes"]:

@@ -183,7 +183,7 @@ def test_workers_are_deterministic(monkeypatch: pytest.MonkeyPatch, before: str 
     assert run.worker_environment()["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_has_gone() -> None:
     """As in `xmoe doctor --json | true`."""
     code = (
         "import sys; from xmoe import cli; cli._doctor = lambda _: print('x' * 9) or 0; sys.exit(cli.main(['doctor']))"
