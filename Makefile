@@ -18,7 +18,7 @@ TRAIN_READY = $(VENV)/.ready-train
 DEV_READY = $(VENV)/.ready-dev
 endif
 
-.PHONY: help train test test-gpu lint format types aot wheel-smoke clean
+.PHONY: help train test test-gpu sanitize lint format types aot wheel-smoke clean
 .DEFAULT_GOAL = help
 
 help: ## this list
@@ -34,6 +34,11 @@ test: $(DEV_READY) ## the tests, on the CPU
 
 test-gpu: $(DEV_READY) ## the tests that need a GPU
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu $(ARGS)
+
+# Every access is checked, which is slow, so it gets few tests: all recipes on uneven groups, bad offsets, no tokens.
+sanitize: $(DEV_READY) ## compute-sanitizer (CUDA toolkit) looks for bad memory accesses of the kernels, on a GPU
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+		$(PY) -m pytest --timeout 1800 -m gpu tests/kernels/test_pipeline.py -k "test_recipes and uneven or bad_offsets or no_tokens" $(ARGS)
 
 lint: $(DEV_READY) ## ruff: rules and format
 	$(PY) -m ruff check

@@ -28,6 +28,16 @@ FORBIDDEN = {
     "xmoe.torch_backend": {*JAX, "triton", "xmoe.jax_frontend"},
     "xmoe.jax_frontend": {*TORCH, "xmoe.kernels", "xmoe.torch_backend"},
 }
+# What a room may import from outside the project and the standard library, with whatever the extras leave optional.
+THIRD_PARTY = {
+    "xmoe": {"numpy", "ml_dtypes", *TORCH, *JAX},
+    "xmoe/train": {"numpy", "rich", "matplotlib", "safetensors"},
+    "xmoe.kernels": TORCH,
+    "xmoe.torch_backend": {"torch", "numpy"},
+    "xmoe.jax_frontend": {"jax", "flax", "optax", "numpy", *TORCH},
+}
+# Those that `import xmoe.train.run` must do without, as --help does, until their extra has been looked for.
+TRAIN_DEFERRED = {"rich", "matplotlib", "safetensors"}
 # The exceptions, and only inside functions.
 DEFERRED = {"jax_frontend/bridge.py": {*TORCH, "xmoe.kernels"}}
 # What the core may name inside functions. Importing it stays free of torch and jax (test_import_is_light).
@@ -93,6 +103,19 @@ def violations(room: str, relative: str, source: str, module: str, is_package: b
     return found
 
 
+def strangers(folder: str, relative: str, source: str, module: str) -> list[str]:
+    """The third-party imports of one file that its folder (a room, or "xmoe/train") does not list."""
+    found = []
+    for line, target, deferred in imports(ast.parse(source), module, False):
+        package = target.split(".")[0]
+        if package in sys.stdlib_module_names or package == "xmoe":
+            continue
+        early = package in TRAIN_DEFERRED and not deferred and relative != "xmoe/train/screen.py"
+        if package not in THIRD_PARTY[folder] or early:
+            found.append(f"{relative}:{line} imports {target}")
+    return found
+
+
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -105,6 +128,30 @@ def test_rooms_are_there() -> None:
 def test_import_arrows(room: str, path: Path) -> None:
     is_package = path.name == "__init__.py"
     assert violations(room, relative(path), path.read_text(), module_name(room, path), is_package) == []
+
+
+@pytest.mark.parametrize(("room", "path"), [pytest.param(room, path, id=relative(path)) for room, path in sources()])
+def test_third_party_imports(room: str, path: Path) -> None:
+    folder = "xmoe/train" if path.parent.name == "train" else room
+    assert strangers(folder, relative(path), path.read_text(), module_name(room, path)) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "source", "caught"),
+    [
+        ("xmoe", "xmoe/a.py", "def f():\n    import rich", True),
+        ("xmoe", "xmoe/a.py", "import ml_dtypes, tomllib, xmoe.toml", False),
+        ("xmoe/train", "xmoe/train/a.py", "import matplotlib.figure", True),
+        ("xmoe/train", "xmoe/train/a.py", "def f():\n    import matplotlib.figure", False),
+        ("xmoe/train", "xmoe/train/screen.py", "import rich", False),
+        ("xmoe/train", "xmoe/train/a.py", "def f():\n    import torch", True),
+        ("xmoe.kernels", "kernels/a.py", "import numpy", True),
+        ("xmoe.torch_backend", "torch_backend/a.py", "import einops", True),
+        ("xmoe.jax_frontend", "jax_frontend/a.py", "import optax", False),
+    ],
+)
+def test_the_check_of_third_parties(folder: str, file: str, source: str, caught: bool) -> None:
+    assert bool(strangers(folder, file, source, "xmoe.a")) == caught
 
 
 @pytest.mark.parametrize(

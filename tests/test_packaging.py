@@ -70,7 +70,13 @@ def test_the_core_needs_no_jax() -> None:
 
 
 def test_extras_that_messages_name() -> None:
-    assert {"jax", "flax", "train", "bench", "test", "dev", "all"} <= set(PROJECT["optional-dependencies"])
+    """Wherever a source or the README says `xmoe[…]`, or names an extra to `require`, that extra exists."""
+    files = [*(path for room in ROOMS for path in (ROOT / room).rglob("*.py")), ROOT / "README.md"]
+    text = "\n".join(path.read_text() for path in files)
+    named = {extra for extras in re.findall(r"xmoe\[([a-z,]+)\]", text) for extra in extras.split(",")}
+    named |= set(re.findall(r"\brequire\(\"(\w+)\"", text))
+    assert {"jax", "flax", "cuda", "train"} <= named
+    assert named <= set(PROJECT["optional-dependencies"])
 
 
 @pytest.fixture
