@@ -1,6 +1,7 @@
 """The weight wrapper: a parameter that makes ``torch._grouped_mm`` run in low precision and is plain to all else."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
@@ -17,25 +18,28 @@ _GROUPED_MM: frozenset[Callable[..., Any]] = frozenset(
 """``torch.nn.functional.grouped_mm`` has no ``__torch_function__`` hook of its own and reaches the first."""
 
 _VIEWS = (
-    *("as_strided", "chunk", "contiguous", "detach", "expand", "expand_as", "flatten", "movedim", "narrow", "permute"),
-    *("reshape", "select", "split", "squeeze", "swapaxes", "swapdims", "tensor_split", "transpose", "unbind"),
-    *("unflatten", "unsqueeze", "view", "view_as"),
+    *("adjoint", "as_strided", "chunk", "contiguous", "detach", "expand", "expand_as", "flatten", "movedim", "narrow"),
+    *("permute", "reshape", "select", "split", "squeeze", "swapaxes", "swapdims", "tensor_split", "transpose"),
+    *("unbind", "unflatten", "unsqueeze", "view", "view_as"),
 )
 _COPIES = (
-    *("bfloat16", "clone", "cpu", "cuda", "double", "float", "half", "pin_memory", "to", "type", "type_as"),
-    "empty_like",  # what Module.to_empty calls
+    *("bfloat16", "clone", "cpu", "cuda", "double", "float", "half", "index_select", "pin_memory", "to", "type"),
+    *("type_as", "empty_like"),  # the last is what Module.to_empty calls
 )
 _WRAPPED: frozenset[Callable[..., Any]] = frozenset(
     [
         *(getattr(torch.Tensor, name) for name in _VIEWS + _COPIES if hasattr(torch.Tensor, name)),
         *(getattr(torch, name) for name in _VIEWS if hasattr(torch, name)),
-        *(torch.clone, torch.empty_like),
-        *(getattr(torch.Tensor, name).__get__ for name in ("data", "mT")),
+        *(torch.clone, torch.empty_like, torch.index_select),
+        *(getattr(torch.Tensor, name).__get__ for name in ("data", "mH", "mT")),
         torch.Tensor.__getitem__,
         *(torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default),
     ]
 )
 """What gives a wrapped weight again: the same values in another shape, dtype or place. The rest gives plain tensors."""
+
+_JOINS: frozenset[Callable[..., Any]] = frozenset([torch.cat, torch.concat, torch.concatenate, torch.stack])
+"""What gives a wrapped weight when all of the tensors are wrapped with one config: fused weights."""
 
 
 class ScaledGroupedMMTensor(torch.Tensor):
@@ -43,8 +47,9 @@ class ScaledGroupedMMTensor(torch.Tensor):
 
     ``torch._grouped_mm(A, w, offs)`` and ``torch.nn.functional.grouped_mm`` with ``w`` [G, K, N] as the second operand
     become `xmoe.torch_backend.scaled_grouped_mm`. To every other operation the weight is a plain tensor on its own
-    storage: views, casts, copies and moves keep the wrapper, arithmetic gives plain tensors, and so gradients and
-    optimizer state are plain. A ``state_dict`` saves plain tensors; a pickled module keeps its wrapped parameters.
+    storage: views, casts, copies and moves keep the wrapper, and so does joining weights of one config; arithmetic
+    gives plain tensors, and so gradients and optimizer state are plain. A ``state_dict`` saves plain tensors; a
+    pickled module keeps its wrapped parameters.
 
     The config is part of the type (one subclass each), so that autograd, ``torch.compile`` and copies carry it.
     """
@@ -84,6 +89,9 @@ class ScaledGroupedMMTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
             # `cls`, not type(args[0]): the one that torch.compile can trace.
+            if func in _JOINS:
+                joined = args[0] if args else kwargs["tensors"]
+                return out.as_subclass(cls) if all(isinstance(x, cls) for x in joined) else out
             if func not in _WRAPPED or not isinstance(args[0], cls):
                 return out
             if isinstance(out, tuple | list):
@@ -155,10 +163,19 @@ def _grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``torch._grouped_mm`` with a wrapped operand; anything but A [M, K] @ wrapped [G, K, N] is the plain op."""
+    """``torch._grouped_mm`` with a wrapped operand; anything but A [M, K] @ wrapped [G, K, N] is the plain op.
+
+    A 3D weight that gets the plain op warns (in eager mode), once per place by Python's default filter.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         wrapped = isinstance(mat2, ScaledGroupedMMTensor)
         if not wrapped or self.ndim != 2 or mat2.ndim != 3 or offs is None or bias is not None:
+            if wrapped and mat2.ndim == 3 and not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"torch._grouped_mm of a wrapped weight with {self.ndim}D A, {'no ' * (offs is None)}offs and "
+                    f"{'no ' * (bias is None)}bias runs in high precision; give A [M, K], offs and no bias",
+                    stacklevel=3,
+                )
             return func(self, mat2, offs=offs, bias=bias, out_dtype=out_dtype)
         key = wrapper.config_key if isinstance(mat2, wrapper) else type(mat2).config_key
         if out_dtype is not None:

@@ -85,7 +85,9 @@ def test_other_grouped_gemms_are_the_plain_op() -> None:
     """3D x 3D without offsets, and a 2D x 2D wgrad: not an expert layer's forward."""
     w = weight(torch.bfloat16, requires_grad=False)
     x = torch.randn(4, 32, 64, dtype=torch.bfloat16)
-    assert torch.equal(torch._grouped_mm(x, w.mT), torch._grouped_mm(x, plain(w).mT))
+    with pytest.warns(UserWarning, match="with 3D A, no offs and no bias runs in high precision"):
+        batched = torch._grouped_mm(x, w.mT)
+    assert torch.equal(batched, torch._grouped_mm(x, plain(w).mT))
     a, d, offs = torch.randn(64, 32), torch.randn(32, 64), torch.tensor([16, 32], dtype=torch.int32)
     a, d = a.bfloat16(), d.bfloat16()
     assert torch.equal(torch._grouped_mm(a, w[0, :32], offs=offs), torch._grouped_mm(a, plain(w)[0, :32], offs=offs))
@@ -110,6 +112,15 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda w: w.view(4, 64, 48),
     "contiguous": lambda w: w.mT.contiguous(),
     "empty_like": lambda w: torch.empty_like(w),
+    "adjoint": lambda w: w.adjoint(),
+    "torch.adjoint": lambda w: torch.adjoint(w),
+    "mH": lambda w: w.mH,
+    "index_select": lambda w: w.index_select(0, torch.tensor([2, 0])),
+    "torch.index_select": lambda w: torch.index_select(w, 1, torch.tensor([2, 0])),
+    "cat": lambda w: torch.cat([w, w], dim=1),
+    "cat by keyword": lambda w: torch.cat(tensors=(w, w)),
+    "concat": lambda w: torch.concat((w, w.bfloat16())),
+    "stack": lambda w: torch.stack([w, w]),
 }
 
 
@@ -128,7 +139,8 @@ ARITHMETIC: dict[str, Callable[[Tensor], Tensor]] = {
     "matmul": lambda w: w @ torch.ones(64, 2),
     "bmm": lambda w: torch.bmm(w, torch.ones(4, 64, 2)),
     "zeros_like": lambda w: torch.zeros_like(w),
-    "stack": lambda w: torch.stack([w, w]),
+    "cat with another": lambda w: torch.cat([w, torch.ones(4, 48, 64)]),
+    "stack with another": lambda w: torch.stack([torch.ones(4, 48, 64), w]),
     "compare": lambda w: w > 0,
     "type_as another": lambda w: torch.ones(2, 3, 4, dtype=torch.bfloat16).type_as(w),
 }
@@ -139,6 +151,23 @@ def test_arithmetic_gives_plain_tensors(f: Callable[[Tensor], Tensor]) -> None:
     w = weight()
     assert type(f(w)) is torch.Tensor
     assert torch.equal(f(w), f(plain(w)))
+
+
+def test_join_of_two_configs_is_plain() -> None:
+    w = weight()
+    mx = ScaledGroupedMMTensor(plain(w), MXFP8GroupedMMConfig())
+    for pair in ([w, mx], [mx, w]):
+        assert type(torch.cat(pair)) is torch.Tensor
+
+
+def test_fused_weights() -> None:
+    """w1 and w3 of one expert layer in one GEMM."""
+    A, w1, w3 = activations(), weight(torch.bfloat16), weight(torch.bfloat16)
+    out = torch._grouped_mm(A, torch.cat([w1, w3], dim=1).mT, offs=OFFS)
+    assert torch.equal(out, scaled_grouped_mm(A, torch.cat([plain(w1), plain(w3)], dim=1).mT, OFFS, FP8))
+    out.sum().backward()
+    assert w1.grad is not None
+    assert w3.grad is not None
 
 
 def test_in_place_keeps_the_wrapper() -> None:
@@ -290,3 +319,17 @@ def test_compile(recipe: str) -> None:
     targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert "xmoe.grouped_mm_forward.default" in targets
     assert counter.frame_count <= 2
+
+
+def test_compile_fused_weights() -> None:
+    """A join is traced too."""
+    w1, w3 = weight(torch.bfloat16), weight(torch.bfloat16)
+
+    def layer(A: Tensor) -> Tensor:
+        return torch._grouped_mm(A, torch.cat([w1, w3], dim=1).mT, offs=OFFS)
+
+    counter = CompileCounterWithBackend(BACKEND)
+    A = activations()
+    assert torch.equal(torch.compile(layer, backend=counter, fullgraph=True)(A), layer(A))
+    targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert "xmoe.grouped_mm_forward.default" in targets
