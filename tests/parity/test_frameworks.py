@@ -1,6 +1,7 @@
 """The same numbers from PyTorch and from JAX: quantizer bytes, grouped GEMMs and their gradients, the MoE layer."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from torch import nn
 
 import xmoe.jax_frontend as xj
 import xmoe.torch_backend as xt
 from tests.jax_frontend.values import FORMATS, KERNEL_TIER, KINDS, assert_same_operand, values
-from xmoe import oracle, shapes
+from xmoe import FqnToConfig, load_toml, oracle, shapes
 from xmoe.config import RECIPES, config_from_recipe
 from xmoe.jax_frontend import emulation as jax_emulation
 from xmoe.kernels import emulation as torch_emulation
@@ -144,3 +146,45 @@ def test_moe_layers(recipe: str | None, dtype: str) -> None:
     for name, (got, want) in pairs.items():
         floor = KERNEL_TIER if dtype == "bfloat16" else 120
         assert oracle.sqnr(want.detach().float().numpy(), got) >= floor, name
+
+
+FILE = """
+[train]
+steps = 10
+recipe = "no recipe of ours"
+
+[quantize.fqn_to_config]
+"layers.0.moe.experts.w2" = "none"
+"layers.1.moe.experts.w3" = { recipe = "fp8_rowwise", wgrad_with_hp = true }
+'re:layers\\.[01]\\.moe\\.experts' = "mxfp8_rceil"
+"_default" = "fp8_rowwise"
+"""
+
+
+def test_one_file_configures_both_frameworks(tmp_path: Path) -> None:
+    """Its [train] table is the training job's and means nothing here."""
+    path = tmp_path / "model.toml"
+    path.write_text(FILE)
+    config = load_toml(path)
+    assert config == FqnToConfig.from_toml(FILE[FILE.index("[quantize") :])
+
+    D, H, E, k, T = 32, 48, 4, 2, 60
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"moe": xt.MoE(D, H, E, k)}) for _ in range(3))})
+    xt.quantize_(model, config, verbose=False)
+    fp8, mx = config_from_recipe("fp8_rowwise"), config_from_recipe("mxfp8_rceil")
+    want = [(mx, None, mx), (mx, mx, config_from_recipe("fp8_rowwise_wgrad_with_hp")), (fp8, fp8, fp8)]
+    x = jnp.asarray(values("normal", (T, D)), jnp.bfloat16)
+    run = jax.jit(
+        lambda graph, state, x: nnx.merge(graph, state)(x)[0],
+        static_argnums=0,
+        compiler_options={"xla_allow_excess_precision": False},  # see test_moe_layers
+    )
+    for i, configs in enumerate(want):
+        moe = model.get_submodule(f"layers.{i}.moe")
+        weights = [getattr(moe.experts, name) for name in ("w1", "w2", "w3")]
+        assert tuple(getattr(weight, "config", None) for weight in weights) == configs
+        flax_moe = xj.MoE(D, H, E, k, config=config, path=("layers", i, "moe"), rngs=nnx.Rngs(0))
+        assert flax_moe.experts.configs == configs
+        moe.load_state_dict(xj.to_torch(flax_moe))
+        y, _ = moe(torch.from_dlpack(x))
+        assert oracle.sqnr(y.detach().float().numpy(), run(*nnx.split(flax_moe), x)) >= KERNEL_TIER, i
