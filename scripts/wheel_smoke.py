@@ -1,4 +1,4 @@
-"""Build the wheel, install it into a fresh environment without JAX, and use it from outside the checkout.
+"""Build the wheel, install it into a fresh environment, without JAX and then with it, and use it from outside.
 
 `--keep FOLDER` works in FOLDER and leaves it there; otherwise a temporary folder is used and removed.
 """
@@ -49,6 +49,22 @@ except ImportError as error:
 else:
     raise SystemExit("xmoe.jax_frontend imported without jax")
 """
+RAGGED_DOT_GRADIENT = """
+import jax, jax.numpy as jnp
+from xmoe import FP8GroupedMMConfig
+from xmoe.jax_frontend import ragged_dot
+
+x, w = jax.random.normal(jax.random.key(0), (48, 64)), jax.random.normal(jax.random.key(1), (4, 64, 96))
+group_sizes = jnp.array([20, 0, 17, 11], jnp.int32)
+loss = lambda x, w: (ragged_dot(x, w, group_sizes, config=FP8GroupedMMConfig()) ** 2).mean()
+for name, value in zip(("x", "w"), jax.grad(loss, argnums=(0, 1))(x.astype("bfloat16"), w.astype("bfloat16"))):
+    if not jnp.isfinite(value).all() or not value.any():
+        raise SystemExit(f"the gradient of {name} is zero or not finite: {value}")
+"""
+ONE_STEP_IN_BOTH = (
+    "train --framework both --recipe fp8_rowwise --data text.txt --out run --preset small --device cpu "
+    "--steps 1 --batch-size 2 --seq-len 32"
+)
 
 
 def build_wheel(folder: Path) -> Path:
@@ -101,9 +117,10 @@ def smoke(folder: Path) -> None:
     wheel = build_wheel(folder)
     check_contents(wheel)
     run([sys.executable, "-m", "venv", str(folder / "venv")], folder)
-    python = str(folder / "venv" / "bin" / "python")
+    python, xmoe = (str(folder / "venv" / "bin" / name) for name in ("python", "xmoe"))
     options = setup_env.pip_options(setup_env.has_gpu())
-    run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *options, str(wheel)], folder)
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *options]
+    run([*install, str(wheel)], folder)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     for what, code in (
@@ -114,9 +131,18 @@ def smoke(folder: Path) -> None:
         run([python, "-W", "error", "-c", code], elsewhere)
         print(f"ok: {what}", flush=True)
     for arguments in (["--help"], ["doctor"]):
-        if not run([str(folder / "venv" / "bin" / "xmoe"), *arguments], elsewhere).strip():
+        if not run([xmoe, *arguments], elsewhere).strip():
             sys.exit(f"xmoe {arguments[0]} printed nothing")
         print(f"ok: xmoe {arguments[0]}", flush=True)
+
+    run([*install, f"xmoe[flax,train] @ {wheel.as_uri()}"], folder)
+    run([python, "-W", "error", "-c", RAGGED_DOT_GRADIENT], elsewhere)
+    print("ok: a gradient of ragged_dot", flush=True)
+    (elsewhere / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    table = run([xmoe, *ONE_STEP_IN_BOTH.split()], elsewhere)
+    if not all(framework in table for framework in ("torch", "flax", "loss.png")):
+        sys.exit(f"xmoe train printed no table:\n{table}")
+    print("ok: one step of xmoe train in both frameworks", flush=True)
 
 
 def main() -> None:
