@@ -418,8 +418,7 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
     small = replace(problem, M=M, G=1)
     names = {**forward_spec(problem, config, view).scratch, **backward_spec(problem, config, view).scratch}
     used = {int(name.removeprefix("tiles_")) for name in names if name.startswith("tiles_")}
-    maps = {tile: allocate(_map(tile, replace(problem, M=M)), device) for tile in used}
-    shared = {name: tensor for map in maps.values() for name, tensor in map.items()}
+    maps = {name: spec for tile in used for name, spec in _map(tile, small).items()}
 
     A = torch.zeros(M, problem.K, dtype=getattr(torch, problem.a_dtype), device=device)
     B = torch.zeros(1, problem.K, problem.N, dtype=getattr(torch, problem.b_dtype), device=device)
@@ -428,15 +427,16 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
     for b in (B, B.mT.contiguous().mT):
         spec = forward_spec(small, config, view)
         outputs = allocate(spec.outputs, device)
-        forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch, device) | shared)
+        forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch | maps, device))
         saved = (A,) if saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
         spec = backward_spec(small, config, view)
         grads = allocate(spec.outputs, device)
         if b is not B:
             grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
-        backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch, device) | shared)
+        backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch | maps, device))
     with _on_device(offs):
-        for tile, map in maps.items():  # the one kernel that is specialised by G
+        for tile in used:  # the one kernel that is specialised by G
+            map = allocate(_map(tile, replace(problem, M=M)), device)
             no_tokens = torch.zeros(problem.G, dtype=torch.int32, device=device)
             tiles.map_tiles(no_tokens, M, tile, map[f"tiles_{tile}"], map[f"groups_{tile}"])
     torch.cuda.synchronize(device)

@@ -287,6 +287,7 @@ def _launch_columns(x, G, R, C, format, data, data_strides, scale, scale_strides
     mx = format != "fp8_rowwise"
     strides = (0 if ragged else x.stride(0), x.stride(1), x.stride(2))
     if not mx:
+        assert amax.shape == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
         amax.zero_()
         if num_tiles:
             _columns_amax[grid](x, *strides, amax, tiles, groups, G, R, C, **blocks)

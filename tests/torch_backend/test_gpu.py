@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernels.backends import arrays
@@ -69,6 +70,7 @@ def test_layout_of_the_inputs_does_not_matter(recipe: str, layout: Callable[[tor
 
 @pytest.mark.filterwarnings("ignore")  # inductor warns about torch, itself and the GPU
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
+@torch._inductor.config.patch(emulate_precision_casts=True)  # else float32 between fused ops, 29.6 dB off behind e4m3
 def test_compiled_moe_layer(recipe: str) -> None:
     """One graph, forward and backward, for any number of tokens; the same numbers as eager."""
     moe = MoE(128, 256, 4, 2).cuda()
