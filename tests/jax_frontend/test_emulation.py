@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.jax_frontend.values import FORMATS, KERNEL_TIER, KINDS, assert_same_operand, values
+from tests.jax_frontend.values import KERNEL_TIER, KINDS, assert_same_operand, values
 from xmoe import oracle, shapes
 from xmoe.config import BF16GroupedMMConfig
 from xmoe.jax_frontend import emulation
+from xmoe.operands import FORMATS
 
 quantize_rows = jax.jit(emulation.quantize_rows, static_argnames=("fmt", "axis"))
 quantize_tokens = jax.jit(emulation.quantize_tokens, static_argnames="fmt")

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from xmoe.operands import QuantizedOperand
 
-FORMATS = ("fp8_rowwise", "mxfp8_rceil", "mxfp8_floor")
 KERNEL_TIER = 50.0
 """dB against the oracle on the same quantized operands, with bfloat16 output (docs/design.md)."""
 

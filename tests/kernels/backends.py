@@ -3,8 +3,6 @@
 import numpy as np
 import torch
 
-FORMATS = ("fp8_rowwise", "mxfp8_rceil", "mxfp8_floor")
-
 
 class Interpreter:
     """Triton's CPU interpreter. Two of its own conversions are wrong and stay out of these tests: bf16 subnormals

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.backends import FORMATS, arrays, awkward, same_bytes
+from tests.kernels.backends import arrays, awkward, same_bytes
 from xmoe import oracle, shapes
 from xmoe.kernels import emulation
-from xmoe.operands import QuantizedOperand
+from xmoe.operands import FORMATS, QuantizedOperand
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_TIER = 50.0

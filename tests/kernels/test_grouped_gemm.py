@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.backends import FORMATS, arrays
+from tests.kernels.backends import arrays
 from tests.kernels.test_quantize import token_map
 from xmoe import oracle
 from xmoe.kernels import grouped_gemm, tuning
 from xmoe.kernels.tuning import GemmTiles
-from xmoe.operands import TOKEN_TILE
+from xmoe.operands import FORMATS, TOKEN_TILE
 
 KERNEL_TIER_DB = 50
 SMALL = GemmTiles(rows=32, cols=32, depth=32, warps=4, stages=2, band=2)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.backends import FORMATS, arrays, awkward, same_bytes
+from tests.kernels.backends import arrays, awkward, same_bytes
 from xmoe import oracle
 from xmoe.kernels import quantize, tiles
-from xmoe.operands import TOKEN_TILE, padded_tokens
+from xmoe.operands import FORMATS, TOKEN_TILE, padded_tokens
 
 DTYPES = (torch.float32, torch.bfloat16)
 fixture_per_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10)

@@ -14,11 +14,12 @@ from torch import nn
 
 import xmoe.jax_frontend as xj
 import xmoe.torch_backend as xt
-from tests.jax_frontend.values import FORMATS, KERNEL_TIER, KINDS, assert_same_operand, values
+from tests.jax_frontend.values import KERNEL_TIER, KINDS, assert_same_operand, values
 from xmoe import FqnToConfig, load_toml, oracle, shapes
 from xmoe.config import RECIPES, config_from_recipe
 from xmoe.jax_frontend import emulation as jax_emulation
 from xmoe.kernels import emulation as torch_emulation
+from xmoe.operands import FORMATS
 
 M, N, K, G = 150, 80, 48, 4
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from xmoe import files
+
 
 class UserError(ValueError):
     """A wrong input or a machine that lacks something. The message is one line that says what to do about it."""
@@ -24,17 +26,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises UserError when that fails (a full disk); whatever was at ``path`` is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        files.write_atomically(path, data)
 
 
 def append_line(path: Path, line: str) -> None:
