@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def progress(row: Sequence[Any]) -> list[Any]:
+    """Show a row as soon as it is measured; returns it."""
+    print(*(f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row), file=sys.stderr, flush=True)
+    return list(row)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

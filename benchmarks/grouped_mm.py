@@ -56,9 +56,8 @@ def forward_gemm(shape: Shape) -> list[list]:
         ("torch._scaled_grouped_mm", peer),
     ):
         ms = common.median_ms(fn)
-        rows.append(
-            [shape.name, M, N, K, G, name, ms, shape.flops / ms / 1e9, "equal bits" if equal else "bits differ"]
-        )
+        verdict = "equal bits" if equal else "bits differ"
+        rows.append(common.progress([shape.name, M, N, K, G, name, ms, shape.flops / ms / 1e9, verdict]))
     return rows
 
 
@@ -101,10 +100,11 @@ def forward_backward(shape: Shape) -> list[list]:
             peak = (torch.cuda.max_memory_allocated() - before) / 2**30
             ms, spread = common.spread_ms(lambda fn=fn: step(fn))
         except Exception as error:  # a peer that cannot run a shape is a row of the table
-            rows.append([shape.name, M, N, K, G, name, f"{type(error).__name__}: {str(error)[:60]}", "", "", ""])
+            fault = f"{type(error).__name__}: {str(error)[:60]}"
+            rows.append(common.progress([shape.name, M, N, K, G, name, fault, "", "", ""]))
             continue
         base = base or ms
-        rows.append([shape.name, M, N, K, G, name, ms, spread, base / ms, peak])
+        rows.append(common.progress([shape.name, M, N, K, G, name, ms, spread, base / ms, peak]))
     return rows
 
 

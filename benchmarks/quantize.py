@@ -69,7 +69,7 @@ def main() -> None:
     for shape in common.shapes(args.shapes.split(",")):
         for name, nbytes, launch in quantizers(shape):
             ms = common.median_ms(launch)
-            rows.append([shape.name, name, nbytes, ms, nbytes / ms / bandwidth])
+            rows.append(common.progress([shape.name, name, nbytes, ms, nbytes / ms / bandwidth]))
         torch.cuda.empty_cache()
     common.save("quantize", {"quantizers": (["shape", "quantizer", "bytes", "ms", "fraction of copy"], rows)}, args.out)
 
