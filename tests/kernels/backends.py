@@ -2,6 +2,15 @@
 
 import numpy as np
 import torch
+import triton
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+INTERPRETER_WORKS = _release(triton.__version__) >= (3, 7) or _release(np.__version__) < (2, 4)
+"""Triton 3.6's interpreter turns arrays into scalars in a way that numpy 2.4 forbids."""
 
 
 class Interpreter:
