@@ -25,7 +25,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(TRAIN_READY) ## train a small MoE on real text in PyTorch and in Flax, in bf16 and in fp8, and draw the curves
-	$(PY) -m xmoe train --framework both --recipe bf16,fp8_rowwise --out runs/demo --overwrite $(ARGS)
+	$(PY) -m xmoe train --framework both --recipe bf16,fp8_rowwise --out runs/demo $(if $(filter --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 # The kernels run in Triton's CPU interpreter and JAX stays on the CPU, also on a machine with a GPU. OpenMP threads that
 # spin while they wait for work would take the cores from XLA's.

@@ -61,6 +61,9 @@ def make_plan(
 ) -> Plan:
     """Checks a call. Raises ValueError naming the argument, its value and the fix."""
     config = as_config(config)
+    for name, array in (("lhs", lhs), ("rhs", rhs), ("group_sizes", group_sizes)):
+        if not hasattr(array, "shape"):
+            raise ValueError(f"{name} is a {type(array).__name__}; give an array, jnp.asarray({name})")
     if lhs.ndim != 2:
         raise ValueError(f"lhs has shape {lhs.shape}; give [M, K], with leading axes flattened by reshape(-1, K)")
     if rhs.ndim != 3 or rhs.shape[0] == 0:

@@ -276,3 +276,8 @@ def _with(**changes: Any) -> Callable[[], Any]:
 def test_wrong_uses_are_named_at_trace_time(call: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         jax.eval_shape(call)
+
+
+def test_lists_are_named_in_the_error() -> None:
+    with pytest.raises(ValueError, match=r"group_sizes is a list; give an array, jnp\.asarray\(group_sizes\)"):
+        ragged_dot(jnp.ones((4, 16)), jnp.ones((2, 16, 16)), [2, 2])  # type: ignore[arg-type]
