@@ -12,7 +12,7 @@ from flax import nnx
 
 from xmoe.jax_frontend.model import Transformer
 from xmoe.train.checkpoint import State
-from xmoe.train.config import TrainConfig
+from xmoe.train.config import VOCABULARY, TrainConfig
 from xmoe.train.memory import peak_resident_bytes
 from xmoe.train.model import ADAM_EPSILON, is_decayed
 
@@ -101,8 +101,8 @@ class FlaxLearner:
         """The batch's cross-entropy and load-balance loss, both float32 scalars."""
         state = nnx.from_flat_state([(path, parameters[name]) for name, path in self._paths.items()])
         logits, load_balance_loss = nnx.merge(self._graph, state)(tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:].astype(jnp.int32))
-        return losses.mean(), load_balance_loss
+        labels = jax.nn.one_hot(tokens[:, 1:], VOCABULARY)  # the gradient of integer labels scatters
+        return optax.softmax_cross_entropy(logits, labels).mean(), load_balance_loss
 
 
 make_learner = FlaxLearner

@@ -158,15 +158,17 @@ class MoE(nnx.Module):
         router = self.router.weight[...].astype(jnp.float32)
         logits = jnp.matmul(tokens.astype(jnp.float32), router.T, precision=jax.lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits, axis=-1)  # [T, E]
-        scores, chosen = jax.lax.top_k(probabilities, k)  # [T, k]
+        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probabilities), k)  # [T, k]
+        scores = (probabilities[:, None] * jax.nn.one_hot(chosen, self.num_experts)).sum(axis=-1)
         if self.normalize_scores:
             scores = scores / scores.sum(axis=-1, keepdims=True)
 
         chosen = chosen.reshape(-1)  # [T * k]
-        order = jnp.argsort(chosen, stable=True)
-        group_sizes = jnp.bincount(chosen, length=self.num_experts).astype(jnp.int32)
-        routed = self.experts(inputs[order // k], group_sizes)
-        routed = jnp.zeros_like(routed).at[order].set(routed, unique_indices=True).reshape(T, k, D)
+        order = jnp.argsort(chosen, stable=True)  # slots, by expert
+        place = jnp.argsort(order)  # of each slot among the sorted ones
+        group_sizes = (chosen[:, None] == jnp.arange(self.num_experts)).sum(axis=0, dtype=jnp.int32)
+        routed = self.experts(_gather(k, inputs, order, place), group_sizes)
+        routed = _gather(1, routed, place, order).reshape(T, k, D)
         y = (routed.astype(jnp.float32) * scores[..., None]).sum(axis=1).astype(x.dtype)
         if self.shared is not None:
             y = y + self.shared(inputs).astype(x.dtype)
@@ -174,6 +176,24 @@ class MoE(nnx.Module):
         fraction = group_sizes.astype(jnp.float32) / max(1, T * k)
         mean = probabilities.sum(axis=0) / max(1, T)
         return y.reshape(x.shape), self.num_experts * (fraction * mean).sum()
+
+
+def _take(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x[index // k], ``index`` a permutation of k slots for each row of x and ``inverse`` its inverse."""
+    return x[index // k]
+
+
+def _take_fwd(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _take(k, x, index, inverse), inverse
+
+
+def _take_bwd(k: int, inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    """Gathers too, where the gradient of indexing would add rows up in any order."""
+    return gradient[inverse].reshape(-1, k, gradient.shape[-1]).sum(axis=1), None, None
+
+
+_gather = jax.custom_vjp(_take, nondiff_argnums=(0,))
+_gather.defvjp(_take_fwd, _take_bwd)
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """The training job's learner in PyTorch (``xmoe.train.loop.Learner``)."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -104,8 +103,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 
 def make_learner(config: TrainConfig, recipe: str, weights: dict[str, np.ndarray]) -> TorchLearner:
     """The learner of a process that trains it and nothing else: all of torch is told to repeat itself bit by bit."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     # Filling every new tensor with NaN costs writes, and xmoe reads no memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore (the module's class has it)
-    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
     return TorchLearner(config, recipe, weights)

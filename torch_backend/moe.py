@@ -5,6 +5,8 @@ T = tokens, D = model width, H = hidden width of one expert, E = experts, k = ex
 The Flax layer (``jax_frontend/moe.py``) has the same parameters, router and math.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,6 +98,24 @@ class FeedForward(nn.Module):
         return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
 
 
+class _Gather(torch.autograd.Function):
+    """x[index // k], `index` a permutation of k slots for each row of x and `inverse` its inverse.
+
+    The gradient gathers too, where that of indexing would add rows up in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, k: int, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x[index // k]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
+        (gradient,), (inverse,) = gradients, ctx.saved_tensors
+        return None, gradient[inverse].view(-1, ctx.k, gradient.shape[-1]).sum(1), None, None
+
+
 class MoE(nn.Module):
     """Router, experts and an optional shared expert; no token is dropped.
 
@@ -137,12 +157,10 @@ class MoE(nn.Module):
         T, k = scores.shape
 
         order = torch.argsort(experts.flatten(), stable=True)  # slots, by expert
-        offs = counts.cumsum(0, dtype=torch.int32)
-        routed = self.experts(tokens[order // k], offs)
-
-        place = torch.empty_like(order)
-        place[order] = torch.arange(T * k, device=order.device)  # of each slot among the sorted ones
-        y = (routed[place].view(T, k, tokens.shape[1]).float() * scores.unsqueeze(-1)).sum(1).to(x.dtype)
+        place = torch.argsort(order)  # of each slot among the sorted ones
+        routed = self.experts(_Gather.apply(k, tokens, order, place), counts.cumsum(0, dtype=torch.int32))
+        routed = _Gather.apply(1, routed, place, order).view(T, k, tokens.shape[1])
+        y = (routed.float() * scores.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape), loss

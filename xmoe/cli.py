@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.set_defaults(command=_train)
-    data = "text files to train on, the last tenth held out; may be given several times"
+    data = "text files to train on, a tenth held out; may be given several times"
     file = "settings, in a table [train]; the options here go before its own; a table [quantize] beside it is ignored"
     # No choices= and no defaults here: TrainConfig checks values wherever they come from, TOML files included.
     train.add_argument("--framework", metavar="NAME", help="torch, flax or both (default: torch)")

@@ -103,7 +103,7 @@ def test_options_go_before_the_file_and_the_file_before_the_preset(
         cli.main(["train", *arguments, "--recipe", "bf16, fp8_rowwise", "--data", "a", "b", "--data", "c"])
     (config,) = configs
     assert config.data == tuple(str(Path(name).absolute()) for name in "abc")
-    assert (config.steps, config.seed, config.dim, config.batch_size) == (12, 5, 32, 32)
+    assert (config.steps, config.seed, config.dim, config.batch_size) == (12, 5, 32, 64)
     assert (config.frameworks, config.recipes) == (("torch", "flax"), ("bf16", "fp8_rowwise"))
 
 

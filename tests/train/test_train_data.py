@@ -8,15 +8,25 @@ import numpy as np
 import pytest
 
 from xmoe.train.config import TrainConfig
-from xmoe.train.data import load_corpus
+from xmoe.train.data import STRETCH, load_corpus
 from xmoe.train.files import UserError
 from xmoe.train.model import initial_weights, parameter_shapes, rotary_tables
 
 
-def test_split_is_a_contiguous_tail(text_file: Path) -> None:
+def test_a_tail_is_held_out(text_file: Path) -> None:
     corpus, text = load_corpus([text_file], 32), text_file.read_bytes()
     assert corpus.train.tobytes() + corpus.heldout.tobytes() == text
     assert len(corpus.heldout) == len(text) // 10
+
+
+def test_the_tail_of_every_stretch_is_held_out(tmp_path: Path) -> None:
+    text = np.random.default_rng(0).integers(0, 256, 5 * STRETCH // 2, np.uint8)
+    (tmp_path / "text").write_bytes(text)
+    corpus, half = load_corpus([tmp_path / "text"], 32), 5 * STRETCH // 4
+    tail = half // 10
+    heldout = np.concatenate([text[half - tail : half], text[-tail:]])
+    np.testing.assert_array_equal(corpus.heldout, heldout)
+    np.testing.assert_array_equal(corpus.train, np.concatenate([text[: half - tail], text[half:-tail]]))
 
 
 def test_files_follow_each_other_in_the_order_given(tmp_path: Path) -> None:
@@ -69,7 +79,7 @@ def test_default_corpus_is_python_source() -> None:
 
 
 def test_default_corpus_is_the_same_in_another_process() -> None:
-    code = "from xmoe.train.data import load_corpus; print(load_corpus([], 128).digest)"
+    code = "from xmoe.train.data import STRETCH, load_corpus; print(load_corpus([], 128).digest)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == load_corpus([], 128).digest
 

@@ -1,4 +1,4 @@
-"""The corpus: bytes of text files, split into a training part and a held-out tail.
+"""The corpus: bytes of text files, split into a training part and a held-out part.
 
 A batch is a pure function of (seed, step), so both frameworks and a resumed run see the same ones.
 Legend: B = sequences in a batch, S = ``seq_len`` (tokens; one token is one byte).
@@ -16,7 +16,9 @@ import numpy as np
 from xmoe.train.files import UserError
 
 HELDOUT_FRACTION = 0.1
-"""The part of the corpus, at its end, that is never trained on."""
+"""The part of the corpus that is never trained on."""
+STRETCH = 2**18
+"""About so many bytes at a time are cut: the held-out end of each is of the same kind as the text before it."""
 STDLIB_BYTES = 16 * 2**20
 """At most this much of the standard library's source is read (all of Python 3.13's fits)."""
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "encodings"}
@@ -51,8 +53,10 @@ def load_corpus(files: Sequence[str | os.PathLike[str]], seq_len: int) -> Corpus
     """
     parts = [_read(Path(file)) for file in files] if files else _standard_library()
     data = np.frombuffer(b"\n".join(parts), np.uint8)
-    cut = len(data) - int(len(data) * HELDOUT_FRACTION)
-    train, heldout = data[:cut], data[cut:]
+    stretches = np.array_split(data, max(1, len(data) // STRETCH))
+    cuts = [len(stretch) - int(len(stretch) * HELDOUT_FRACTION) for stretch in stretches]
+    train = np.concatenate([stretch[:cut] for stretch, cut in zip(stretches, cuts, strict=True)])
+    heldout = np.concatenate([stretch[cut:] for stretch, cut in zip(stretches, cuts, strict=True)])
     if min(len(train), len(heldout)) < seq_len + 1:
         need = int((seq_len + 1) / HELDOUT_FRACTION) + 1
         raise UserError(
