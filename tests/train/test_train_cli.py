@@ -198,8 +198,14 @@ def test_a_reader_that_has_gone() -> None:
 
 def xmoe(*arguments: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "xmoe", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    )
 
 
 # Each of these starts processes that import torch: a few seconds.
