@@ -3,7 +3,7 @@
 Random bf16 data, uneven groups (multiples of 32), medians, everything in one process. A system is timed only after its
 results agree with the bf16 GEMM to the accuracy of its format.
 
-    python -m benchmarks.grouped_mm [--shapes llama4_g8,deepseek_v3]
+    python -m benchmarks.grouped_mm [--shapes llama4_g8,deepseek_v3] [--recipes fp8_rowwise]
 """
 
 import torch
@@ -19,7 +19,7 @@ try:
 except ImportError:
     torchao_fp8 = None
 
-RECIPES = ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil")
+RECIPES = "bf16,fp8_rowwise,fp8_rowwise_wgrad_with_hp,mxfp8_rceil"
 
 
 def forward_gemm(shape: Shape) -> list[list]:
@@ -29,14 +29,13 @@ def forward_gemm(shape: Shape) -> list[list]:
     empty = lambda *size, dtype=torch.float32: torch.empty(size, dtype=dtype, device="cuda")  # noqa: E731
     a, a_scale = empty(M, K, dtype=torch.float8_e4m3fn), empty(M)
     b, b_scale = empty(G, N, K, dtype=torch.float8_e4m3fn), empty(G, N)
-    quantize.quantize_rows(torch.randn(M, K, device="cuda", dtype=torch.bfloat16), "fp8_rowwise", a, a_scale)
-    quantize.quantize_weights(
-        torch.randn(G, N, K, device="cuda", dtype=torch.bfloat16), "fp8_rowwise", b, b_scale, None
-    )
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    A, B = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in ((M, K), (G, N, K)))
+    quantize.quantize_rows(A, "fp8_rowwise", a, a_scale, programs)
+    quantize.quantize_weights(B, "fp8_rowwise", b, b_scale, None, programs)
     tuned = tuning.lookup("grouped_mm", "fp8", torch.cuda.get_device_capability(), M, G)
     token_tiles = empty(tiles.max_tiles(M, G, tuned.rows), tiles.TILE_FIELDS, dtype=torch.int32)
     groups = empty(G + 1, tiles.TILE_FIELDS, dtype=torch.int32)
-    programs = torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.full((M, N), float("nan"), dtype=torch.bfloat16, device="cuda")
 
     def ours():
@@ -61,7 +60,7 @@ def forward_gemm(shape: Shape) -> list[list]:
     return rows
 
 
-def forward_backward(shape: Shape) -> list[list]:
+def forward_backward(shape: Shape, recipes: list[str]) -> list[list]:
     """fwd + bwd from bf16 operands, both gradients."""
     M, N, K, G = shape[1:]
     offs = common.uneven_offs(shape)
@@ -70,7 +69,7 @@ def forward_backward(shape: Shape) -> list[list]:
     dOut = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
 
     systems = {"torch bf16": lambda: torch._grouped_mm(A, B.mT, offs)}
-    for recipe in RECIPES:
+    for recipe in recipes:
         config = config_from_recipe(recipe)
         systems[f"xmoe {recipe}"] = lambda config=config: scaled_grouped_mm(A, B.mT, offs, config)
     if torchao_fp8 is not None:
@@ -109,12 +108,14 @@ def forward_backward(shape: Shape) -> list[list]:
 
 
 def main() -> None:
-    args = common.arguments(__doc__).parse_args()
+    parser = common.arguments(__doc__)
+    parser.add_argument("--recipes", default=RECIPES, help="recipes of the fwd + bwd table, with commas between them")
+    args = parser.parse_args()
     forward, both = [], []
     for shape in common.shapes(args.shapes.split(",")):
         forward += forward_gemm(shape)
         torch.cuda.empty_cache()
-        both += forward_backward(shape)
+        both += forward_backward(shape, args.recipes.split(","))
         torch.cuda.empty_cache()
     common.save(
         "grouped_mm",

@@ -38,6 +38,7 @@ def quantizers(shape: Shape) -> list[tuple[str, int, Callable[[], None]]]:
     scratch = pipeline.allocate(specs, A.device)
     tiles.map_tiles(offs, M, TOKEN_TILE, scratch["tiles"], scratch["groups"])
     maps = scratch["tiles"], scratch["groups"]
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
     rows = []
     for fmt in FORMATS:
         mx = fmt != "fp8_rowwise"
@@ -53,10 +54,23 @@ def quantizers(shape: Shape) -> list[tuple[str, int, Callable[[], None]]]:
         n_out = output(G, K, N, scales=(G, K, -(-N // 32)) if mx else (G, K))
         k_amax, n_amax = scratch["amax"][:, :N].contiguous(), scratch["amax"][:, :K].contiguous()
         for name, x, out, launch in (
-            ("rows", A, row_out, lambda f=fmt, o=row_out: quantize.quantize_rows(A, f, *o)),
+            ("rows", A, row_out, lambda f=fmt, o=row_out: quantize.quantize_rows(A, f, *o, programs)),
             ("tokens", A, token_out, lambda f=fmt, o=token_out, s=n_amax: quantize.quantize_tokens(A, f, *o, s, *maps)),
-            ("weights K", B, k_out, lambda f=fmt, o=k_out, s=k_amax: quantize.quantize_weights(B, f, *o, s)),
-            ("weights N", B, n_out, lambda f=fmt, o=n_out, s=n_amax: quantize.quantize_weights(B.mT, f, *o, s)),
+            (
+                "rows and tokens",
+                A,
+                row_out + token_out,
+                lambda f=fmt, r=row_out, t=token_out, s=n_amax: quantize.quantize_rows_and_tokens(
+                    A, f, r, t, s, *maps, programs
+                ),
+            ),
+            ("weights K", B, k_out, lambda f=fmt, o=k_out, s=k_amax: quantize.quantize_weights(B, f, *o, s, programs)),
+            (
+                "weights N",
+                B,
+                n_out,
+                lambda f=fmt, o=n_out, s=n_amax: quantize.quantize_weights(B.mT, f, *o, s, programs),
+            ),
         ):
             rows.append((f"{fmt} {name}", x.nbytes + sum(t.nbytes for t in out), launch))
     return rows

@@ -7,9 +7,6 @@ amax travels as the bits of its absolute value: integer order is the order of th
 import triton
 import triton.language as tl
 
-POISON = tl.constexpr(0x7F)
-"""The byte of every element of a block that holds NaN or Inf (e4m3 NaN)."""
-
 
 @triton.jit
 def magnitude(x):
@@ -30,6 +27,17 @@ def rowwise_exponent(amax):
 
 
 @triton.jit
+def rowwise_inverse(amax):
+    """What a row of this amax is multiplied by before the cast; NaN poisons all of it."""
+    return tl.where(is_poison(amax), float("nan"), power_of_two(-rowwise_exponent(amax)))
+
+
+@triton.jit
+def rowwise_scale(amax):
+    return tl.where(is_poison(amax), float("nan"), power_of_two(rowwise_exponent(amax)))
+
+
+@triton.jit
 def mx_byte(amax, RCEIL: tl.constexpr):
     """The E8M0 byte of a block: 2^ceil(log2(amax/448)) (RCEIL) or 2^(floor(log2 amax) - 8) (OCP MX v1.0, 6.3)."""
     byte = (amax >> 23) - 8
@@ -45,11 +53,25 @@ def power_of_two(exponent):
 
 
 @triton.jit
+def mx_inverse(byte):
+    """What a block with this E8M0 byte is multiplied by before the cast; NaN poisons all of it."""
+    return tl.where(byte == 255, float("nan"), power_of_two(127 - byte))
+
+
+@triton.jit
+def mx_scale(byte):
+    """2^(byte - 127), NaN for byte 255; byte 0 is the float32 subnormal 2^-127."""
+    scale = tl.where(byte == 0, 0x00400000, byte << 23).to(tl.float32, bitcast=True)
+    return tl.where(byte == 255, float("nan"), scale)
+
+
+@triton.jit
 def encode(x, HARDWARE: tl.constexpr):
-    """float32 to the e4m3 byte, as int8: saturating, to nearest even. Without HARDWARE (the interpreter's own cast
-    does not round to even) the byte is put together from integers."""
+    """float32 to the e4m3 byte, as int8: saturating, to nearest even, 0x7F for NaN, as the PTX instruction
+    cvt.rn.satfinite.e4m3x2.f32 does it. Without HARDWARE (the interpreter's own cast does not round to even) the byte
+    is put together from integers."""
     if HARDWARE:
-        byte = tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+        byte = x.to(tl.float8e4nv).to(tl.int8, bitcast=True)
     else:
         bits = x.to(tl.int32, bitcast=True)
         absolute = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), 448.0)
@@ -57,13 +79,14 @@ def encode(x, HARDWARE: tl.constexpr):
         normal = ((normal + 0x7FFFF + ((normal >> 20) & 1)) >> 20) - (120 << 3)
         # Adding 2^14 leaves a multiple of 2^-9, the e4m3 subnormal step, in the low bits.
         subnormal = (absolute + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-        byte = (tl.where(absolute < 0.015625, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.int8)
+        byte = tl.where(absolute < 0.015625, subnormal, normal) | ((bits >> 24) & 0x80)
+        byte = tl.where(x == x, byte, 0x7F).to(tl.int8)
     return byte
 
 
 @triton.jit
 def decode(byte, HARDWARE: tl.constexpr):
-    """The finite e4m3 byte (int8) as float32, exact."""
+    """The e4m3 byte (int8) as float32, exact; of NaN, something that a NaN scale makes NaN again."""
     if HARDWARE:
         value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
@@ -74,10 +97,3 @@ def decode(byte, HARDWARE: tl.constexpr):
         value = tl.where(exponent == 0, fraction.to(tl.float32) * 0.001953125, normal)
         value = tl.where(bits >= 0x80, -value, value)
     return value
-
-
-@triton.jit
-def apply_byte(value, byte):
-    """value * 2^(byte - 127), NaN for byte 255; byte 0 is the float32 subnormal 2^-127."""
-    scale = tl.where(byte == 0, 0x00400000, byte << 23).to(tl.float32, bitcast=True)
-    return tl.where(byte == 255, float("nan"), value * scale)

@@ -208,7 +208,7 @@ class _Call:
         if self.config.format == "bf16":
             return self.cast(name, x), None
         data, scale = self.scratch[name], self.scratch.get(f"{name}_scale")
-        quantize.quantize_rows(x, self.config.format, data, scale)
+        quantize.quantize_rows(x, self.config.format, data, scale, self.programs)
         return data, scale
 
     def weights(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -216,21 +216,36 @@ class _Call:
         if self.config.format == "bf16":
             return (b if b.dtype == torch.bfloat16 else self.scratch["b"].copy_(b)), None
         data, scale = self.scratch["b"], self.scratch.get("b_scale")
-        quantize.quantize_weights(b, self.config.format, data, scale, self.scratch.get("b_amax"))
+        quantize.quantize_weights(b, self.config.format, data, scale, self.scratch.get("b_amax"), self.programs)
         return data, scale
 
     def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.bfloat16 else self.scratch[name].copy_(x)
 
-    def tokens(self, name: str, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor | None, map) -> None:
-        quantize.quantize_tokens(x, self.config.format, data, scale, self.scratch.get(f"{name}_amax"), *map)
+    def tokens(self, name: str, x: torch.Tensor, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The wgrad operand of x, `name` in `tensors`."""
+        operand = tensors[name], tensors.get(f"{name}_scale")
+        map = self.map(x.shape[0], TOKEN_TILE)
+        quantize.quantize_tokens(x, self.config.format, *operand, self.scratch.get(f"{name}_amax"), *map)
+        return operand
 
-    def grouped_mm(self, a: torch.Tensor, b: torch.Tensor, name: str, out: torch.Tensor) -> None:
-        """out[M, P] = a[M, C] @ b[G, P, C]^T, both still to be quantized along C."""
+    def rows_and_tokens(self, name: str, x: torch.Tensor, tensors: Tensors):
+        """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`."""
+        tokens = f"{name}_tokens"
+        rows_operand = self.scratch[name], self.scratch.get(f"{name}_scale")
+        tokens_operand = tensors[tokens], tensors.get(f"{tokens}_scale")
+        quantize.quantize_rows_and_tokens(
+            x, self.config.format, rows_operand, tokens_operand, self.scratch.get(f"{tokens}_amax"),
+            *self.map(x.shape[0], TOKEN_TILE), self.programs,
+        )  # fmt: skip
+        return rows_operand, tokens_operand
+
+    def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: torch.Tensor, out: torch.Tensor) -> None:
+        """out[M, P] = a[M, C] @ b[G, P, C]^T, b still to be quantized along C."""
         tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
-        a_data, a_scale = self.rows(name, a)
+        a_data, a_scale = a
         b_data, b_scale = self.weights(b)
-        token_tiles, groups = self.map(a.shape[0], tuned.rows)
+        token_tiles, groups = self.map(a_data.shape[0], tuned.rows)
         if self.implementation.gemm == "torch":
             _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
             return
@@ -250,19 +265,25 @@ class _Call:
             a, a_scale, b, b_scale, groups, out, tuned, self.programs, transposed, self.precise
         )
 
-    def wgrad(self, A_saved: tuple[torch.Tensor, ...], dOut: torch.Tensor, dB: torch.Tensor) -> None:
-        map = self.map(dOut.shape[0], TOKEN_TILE)
-        if saves_input(self.config):
-            a, d = self.cast("a_hp", A_saved[0]), self.cast("d_hp", dOut)
-            self.grouped_mm_tokens(a, None, d, None, map[1], dB, transposed=False)
-            return
-        a, a_scale = A_saved
-        d, d_scale = self.scratch["d_tokens"], self.scratch.get("d_tokens_scale")
-        self.tokens("d_tokens", dOut, d, d_scale, map)
+    def wgrad_hp(self, A: torch.Tensor, dOut: torch.Tensor, dB: torch.Tensor) -> None:
+        """dB from A and dOut in bf16, as they lie."""
+        _, groups = self.map(dOut.shape[0], TOKEN_TILE)
+        self.grouped_mm_tokens(self.cast("a_hp", A), None, self.cast("d_hp", dOut), None, groups, dB, transposed=False)
+
+    def wgrad(
+        self,
+        a: tuple[torch.Tensor, torch.Tensor],
+        d: tuple[torch.Tensor, torch.Tensor | None],
+        M: int,
+        dB: torch.Tensor,
+    ) -> None:
+        """dB from the wgrad operands of A, as saved, and of dOut."""
+        _, groups = self.map(M, TOKEN_TILE)
+        a_data, a_scale = a
         if "a_tokens_bf16" in self.scratch:
-            quantize.dequantize(a, a_scale, self.scratch["a_tokens_bf16"])
-            a, a_scale = self.scratch["a_tokens_bf16"], None
-        self.grouped_mm_tokens(a, a_scale, d, d_scale, map[1], dB, transposed=True)
+            a_data, a_scale = self.scratch["a_tokens_bf16"], None
+            quantize.dequantize(*a, a_data)
+        self.grouped_mm_tokens(a_data, a_scale, *d, groups, dB, transposed=True)
 
 
 def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -324,10 +345,8 @@ def forward(
         return
     with _on_device(offs):
         call = _Call(problem, config, device, offs, scratch)
-        call.grouped_mm(A, B.mT, "a", outputs["out"])
-        if "a_tokens" in outputs:
-            map = call.map(A.shape[0], TOKEN_TILE)
-            call.tokens("a_tokens", A, outputs["a_tokens"], outputs["a_tokens_scale"], map)
+        a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
+        call.grouped_mm(a, B.mT, outputs["out"])
 
 
 def backward(
@@ -354,10 +373,19 @@ def backward(
         return
     with _on_device(offs):
         call = _Call(problem, config, device, offs, scratch)
+        d = d_tokens = None
+        if "dA" in outputs and "d_tokens" in scratch:
+            d, d_tokens = call.rows_and_tokens("d", dOut, scratch)
         if "dA" in outputs:
-            call.grouped_mm(dOut, B, "d", outputs["dA"])
-        if "dB" in outputs:
-            call.wgrad(A_saved, dOut, outputs["dB"])
+            call.grouped_mm(d or call.rows("d", dOut), B, outputs["dA"])
+        if "dB" not in outputs:
+            return
+        if saves_input(config):
+            call.wgrad_hp(A_saved[0], dOut, outputs["dB"])
+        else:
+            a, a_scale = A_saved
+            d_tokens = d_tokens or call.tokens("d_tokens", dOut, scratch)
+            call.wgrad((a, a_scale), d_tokens, dOut.shape[0], outputs["dB"])
 
 
 def _emulated_forward(config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs: Tensors) -> None:

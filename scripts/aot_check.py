@@ -56,10 +56,18 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                    {"TILE": 128, "G_BLOCK": block}, sm, warps)  # fmt: skip
     for dtype in ("bf16", "fp32"):
         x = {"x_ptr": f"*{dtype}"}
-        for block, tail in ((512, 256), (8192, 0), (8192, 8192), (16384, 0), (4096, 1024), (4096, -1)):
-            yield Case(f"rows_fp8[{dtype},{block},{tail}]", quantize._rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
-                       {"stride_xc": 1, "BLOCK_C": block, "TAIL_C": tail, "HARDWARE": True},
-                       sm, quantize.row_warps(block), divisible=("stride_xr", "C"))  # fmt: skip
+        for C in (768, 2048, 5120, 7168, 8192, 16384):
+            for amax in (True, False):
+                pieces = quantize.row_pieces(C)
+                warps, _, stages = quantize.row_schedule(pieces, 2 if dtype == "bf16" else 4)
+                yield Case(f"rows_fp8[{dtype},{pieces},amax={amax}]", quantize._rows_fp8,
+                           x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
+                           ({} if amax else {"amax_ptr": None, "groups_ptr": None})
+                           | {"stride_xc": 1, "AMAX": amax, "PIECES": pieces, "STAGES": stages,
+                              "HARDWARE": True},
+                           sm, warps, divisible=("stride_xr", "C"))  # fmt: skip
+        yield Case(f"long_rows_fp8[{dtype}]", quantize._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
+                   {"stride_xc": 1, "BLOCK_C": 4096, "HARDWARE": True}, sm, divisible=("stride_xr", "C"))  # fmt: skip
         for fmt, bf16_out in (("rceil", False), ("floor", False), ("rceil", True)):
             mx = {"RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": True}
             data = {"data_ptr": "*bf16" if bf16_out else i8}
@@ -69,16 +77,16 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                        mx | scale | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROWS_MX_BLOCK}, sm,
                        divisible=("stride_xr", "C"))  # fmt: skip
             for ragged in (True, False):
-                yield columns_case(f"{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}", x | data | {"scale_ptr": u8},
+                yield columns_case(f"{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}", x | {"scale_ptr": u8},
                                    mx | scale | {"amax_ptr": None, "MX": True}, ragged, sm)  # fmt: skip
         for ragged in (True, False):
             maps = {"tiles_ptr": i32, "groups_ptr": i32, "amax_ptr": i32}
             yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize._columns_amax, x | maps,
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
-                       | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": quantize.COLUMN_BLOCK},
+                       | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
             fp8 = {"MX": False, "RCEIL": False, "DEQUANTIZE": False, "HARDWARE": True}
-            yield columns_case(f"{dtype},fp8,ragged={ragged}", x | {"data_ptr": i8, "scale_ptr": f32}, fp8, ragged, sm)
+            yield columns_case(f"{dtype},fp8,ragged={ragged}", x | {"scale_ptr": f32}, fp8, ragged, sm)
     yield Case("columns_fp8_scale", quantize._columns_fp8_scale, {"amax_ptr": i32, "scale_ptr": f32},
                {"BLOCK": 1024}, sm)  # fmt: skip
     yield Case("dequantize", quantize._dequantize, {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16"},
@@ -86,11 +94,12 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
 
 
 def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
-    maps = {"tiles_ptr": "*i32", "groups_ptr": "*i32", "amax_ptr": "*i32"}
+    types = types | dict.fromkeys(("data_ptr", "tiles_ptr", "groups_ptr", "amax_ptr"), "*i32")
     constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
-    constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": quantize.COLUMN_BLOCK}
-    return Case(f"columns[{label}]", quantize._columns, types | maps, constants, sm,
-                divisible=("stride_xr", "stride_dc", "C"))  # fmt: skip
+    block, warps = quantize.column_blocks(constants["MX"], 2 if types["x_ptr"] == "*bf16" else 4)
+    constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": block}
+    return Case(f"columns[{label}]", quantize._columns, types, constants, sm, warps,
+                divisible=("stride_xr", "stride_dc", "C", "R"))  # fmt: skip
 
 
 INSTRUCTIONS = {

@@ -1,5 +1,6 @@
 """Triton quantizers: the oracle's bytes, for every format, axis, dtype and layout."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -49,7 +50,7 @@ def test_rows(backend, fmt, dtype, strides):
         wide[:, 5:149] = x
         x = wide[:, 5:149]
     data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
-    quantize.quantize_rows(x, fmt, data, scale)
+    quantize.quantize_rows(x, fmt, data, scale, 4)
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)
 
@@ -60,7 +61,7 @@ def test_rows_of_any_length(backend, cols):
     for fmt in FORMATS:
         expected = oracle.quantize_rows(arrays(x), fmt)
         data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
-        quantize.quantize_rows(x, fmt, data, scale)
+        quantize.quantize_rows(x, fmt, data, scale, 4)
         assert same_bytes(data, expected.data)
         assert same_bytes(scale, expected.scale)
 
@@ -85,6 +86,15 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)
 
+    rows, owned = oracle.quantize_rows(arrays(x), fmt), max(0, *np.clip(offs.numpy(), 0, M))
+    both = [empty_like(array, x.device) for array in (rows.data, rows.scale, expected.data, expected.scale)]
+    maps = token_map(offs.to(x.device), M)
+    quantize.quantize_rows_and_tokens(x, fmt, tuple(both[:2]), tuple(both[2:]), amax.fill_(-1), *maps, 4)
+    for got, array in zip(both[:2], (rows.data, rows.scale), strict=True):
+        assert same_bytes(got[:owned], array[:owned])
+    for got, array in zip(both[2:], (expected.data, expected.scale), strict=True):
+        assert same_bytes(got, array)
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", ["K", "N"])
@@ -100,7 +110,7 @@ def test_weights(backend, fmt, axis, dtype, stored):
         B = torch.cat([torch.full_like(B.mT, float("nan")), B.mT], 1)[:, N:].mT
     data, scale = empty_like(expected.data, B.device), empty_like(expected.scale, B.device)
     amax = torch.full(expected.data.shape[:2], -1, dtype=torch.int32, device=B.device)
-    quantize.quantize_weights(B.mT if axis == "K" else B, fmt, data, scale, amax)
+    quantize.quantize_weights(B.mT if axis == "K" else B, fmt, data, scale, amax, 4)
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)
 
@@ -114,9 +124,9 @@ def test_dequantized_bf16(backend, fmt):
     expected = oracle.quantize_rows(arrays(x), fmt)
     value = torch.from_numpy(oracle.dequantize(expected)).to(torch.bfloat16)
     fused, separate = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
-    quantize.quantize_rows(x, fmt, fused, None)
+    quantize.quantize_rows(x, fmt, fused, None, 4)
     data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
-    quantize.quantize_rows(x, fmt, data, scale)
+    quantize.quantize_rows(x, fmt, data, scale, 4)
     quantize.dequantize(data, scale, separate)
     for got in (fused, separate):
         torch.testing.assert_close(got.cpu(), value, rtol=0, atol=0, equal_nan=True)
@@ -131,6 +141,6 @@ def test_every_bf16_value():
         for fmt in FORMATS:
             expected = oracle.quantize_rows(arrays(rows), fmt)
             data, scale = empty_like(expected.data, "cuda"), empty_like(expected.scale, "cuda")
-            quantize.quantize_rows(rows, fmt, data, scale)
+            quantize.quantize_rows(rows, fmt, data, scale, 4)
             assert same_bytes(data, expected.data)
             assert same_bytes(scale, expected.scale)
