@@ -45,6 +45,12 @@ class Implementation:
     advice: str = ""
     """What would give a faster implementation; empty where there is none."""
 
+    @property
+    def straight_tokens(self) -> bool:
+        """Whether the wgrad operands of an MX format keep the layout of their tensors: its bf16 MMAs read either order,
+        where those of 8 bits want the tokens last."""
+        return self.gemm == "triton" and self.wgrad_elements == "bf16"
+
 
 def _emulated(reason: str, advice: str) -> Implementation:
     return Implementation("emulated", "emulated", "bf16", "bf16", reason, advice)

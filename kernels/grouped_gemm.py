@@ -103,12 +103,12 @@ def _grouped_mm_tokens(
     a_scale_ptr, b_scale_ptr,
     groups_ptr,
     M, P, Q, G,
-    SCALING: tl.constexpr, PRECISE: tl.constexpr, TRANSPOSED: tl.constexpr, TOKEN_TILE: tl.constexpr,
+    SCALING: tl.constexpr, PRECISE: tl.constexpr, TOKEN_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     PROGRAMS: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """TRANSPOSED operands are [P, Mp] and [Q, Mp], each group zero-padded to TOKEN_TILE. Others are bf16 [M, P] and
-    [M, Q] as they lie: whole tiles of tokens by TMA, the group's last tokens by masked loads."""
+    """Scaled operands are [P, Mp] and [Q, Mp], each group zero-padded to TOKEN_TILE. Others are bf16 [M, P] and [M, Q]
+    as they lie: whole tiles of tokens by TMA, the group's last tokens by masked loads."""
     p_blocks = tl.cdiv(P, BLOCK_P)
     q_blocks = tl.cdiv(Q, BLOCK_Q)
     for tile in tl.range(tl.program_id(0), G * p_blocks * q_blocks, PROGRAMS):
@@ -125,7 +125,7 @@ def _grouped_mm_tokens(
         end = tl.load(groups_ptr + group * 4 + 1)
 
         acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-        if TRANSPOSED:
+        if SCALING != "none":
             start = tl.load(groups_ptr + group * 4 + 2) * TOKEN_TILE
             end = tl.load(groups_ptr + group * 4 + 6) * TOKEN_TILE  # where the next group starts
             for m in range(start, end, BLOCK_M):
@@ -212,39 +212,36 @@ def grouped_mm_tokens(
     out: torch.Tensor,
     tuned: GemmTiles,
     programs: int,
-    transposed: bool,
     precise: bool = False,
 ) -> None:
     """out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T; a group without tokens gives zeros.
 
     Args:
-        a, b: with `transposed`, e4m3 or bf16 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`);
-            without, bf16 [M, P] and [M, Q], as they lie. Contiguous.
+        a, b: e4m3 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`); or bf16 [M, P] and [M, Q], as they
+            lie. Contiguous.
         a_scale, b_scale: float32 [G, P], [G, Q]; or E8M0 [P, Mp/32], [Q, Mp/32]; or None for bf16.
-        groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens where `transposed`.
+        groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens.
         out: bf16 or fp32 [G, P, Q], contiguous, written whole.
     """
     G, P, Q = out.shape
-    M = a.shape[1] if transposed else a.shape[0]
+    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
+    M = a.shape[0] if scaling == "none" else a.shape[1]
     if M == 0:
         out.zero_()
         return
-    assert transposed is False or TOKEN_TILE % tuned.depth == 0, (
-        f"a depth of {tuned.depth} would leave a group's padding"
-    )
+    assert scaling == "none" or TOKEN_TILE % tuned.depth == 0, f"a depth of {tuned.depth} would leave a group's padding"
     for x in (a, b):
         assert x.is_contiguous(), f"strides {x.stride()}: wgrad operands are contiguous"
-    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
-    if transposed:
-        a_desc = TensorDescriptor(a, [P, M], [M, 1], [tuned.rows, tuned.depth])
-        b_desc = TensorDescriptor(b, [Q, M], [M, 1], [tuned.cols, tuned.depth])
-    else:
+    if scaling == "none":
         a_desc = TensorDescriptor(a, [M, P], [P, 1], [tuned.depth, tuned.rows])
         b_desc = TensorDescriptor(b, [M, Q], [Q, 1], [tuned.depth, tuned.cols])
+    else:
+        a_desc = TensorDescriptor(a, [P, M], [M, 1], [tuned.rows, tuned.depth])
+        b_desc = TensorDescriptor(b, [Q, M], [M, 1], [tuned.cols, tuned.depth])
     _grouped_mm_tokens[(programs,)](
         a_desc, b_desc, out, a, b,
         a_scale, b_scale, groups, M, P, Q, G,
-        SCALING=scaling, PRECISE=precise, TRANSPOSED=transposed, TOKEN_TILE=TOKEN_TILE,
+        SCALING=scaling, PRECISE=precise, TOKEN_TILE=TOKEN_TILE,
         BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip

@@ -101,13 +101,20 @@ def _rows(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, im
     return _operand(name, (p.M,), C, config.format, impl.elements)
 
 
-def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, elements: Elements):
-    """(the wgrad operand [C, Mp], the scratch of its quantizer)."""
-    specs = _operand(name, (C,), padded_tokens(p.M, p.G), config.format, elements)
+def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, straight: bool) -> dict[str, TensorSpec]:
+    """The wgrad operand, in 8 bits."""
+    Mp = padded_tokens(p.M, p.G)
+    if straight:
+        scale = TensorSpec((Mp // MX_BLOCK, C), "float8_e8m0fnu")
+        return {name: TensorSpec((p.M, C), "float8_e4m3fn"), f"{name}_scale": scale}
+    specs = _operand(name, (C,), Mp, config.format, "fp8")
     if config.format == "fp8_rowwise":
         specs[f"{name}_scale"] = TensorSpec((p.G, C), "float32")
-        return specs, {f"{name}_amax": TensorSpec((p.G, C), "int32")}
-    return specs, {}
+    return specs
+
+
+def _tokens_scratch(name: str, C: int, p: Problem, config: GroupedMMConfig) -> dict[str, TensorSpec]:
+    return {f"{name}_amax": TensorSpec((p.G, C), "int32")} if config.format == "fp8_rowwise" else {}
 
 
 def _map(tile: int, p: Problem) -> dict[str, TensorSpec]:
@@ -118,22 +125,28 @@ def _map(tile: int, p: Problem) -> dict[str, TensorSpec]:
     }
 
 
+def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool):
+    """``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A: ``a_tokens`` and
+    ``a_tokens_scale``, e4m3 [K, Mp] and float32 [G, K] or E8M0 [K, Mp/32], or, where the implementation keeps
+    tokens straight, e4m3 [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives until
+    the backward."""
+    out = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
+    if not save_tokens or saves_input(config):
+        return out
+    return out | _tokens("a_tokens", p.K, p, config, impl.straight_tokens)
+
+
 @lru_cache(maxsize=4096)
 def forward_spec(problem: Problem, config: GroupedMMConfig, device: Device, save_tokens: bool = True) -> Spec:
-    """Outputs: ``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A:
-    ``a_tokens`` e4m3 [K, Mp] and ``a_tokens_scale`` (float32 [G, K] or E8M0 [K, Mp/32])."""
+    """Outputs: `forward_outputs`."""
     p, impl = problem, select(config, device)
-    spec = Spec({"out": TensorSpec((p.M, p.N), p.out_dtype)})
-    save = save_tokens and not saves_input(config)
-    if save:
-        # Saved in 8 bits whatever the wgrad multiplies: that is what lives until the backward.
-        operand, scratch = _tokens("a_tokens", p.K, p, config, "fp8")
-        spec.outputs.update(operand)
-        if impl.gemm != "emulated":
-            spec.scratch.update(scratch | _map(TOKEN_TILE, p))
-    if impl.gemm != "emulated":
-        spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl) | _weights(p.N, p.K, p, config, impl))
-        spec.scratch.update(_map(_gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
+    spec = Spec(forward_outputs(p, config, impl, save_tokens))
+    if impl.gemm == "emulated":
+        return spec
+    if "a_tokens" in spec.outputs:
+        spec.scratch.update(_tokens_scratch("a_tokens", p.K, p, config) | _map(TOKEN_TILE, p))
+    spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl) | _weights(p.N, p.K, p, config, impl))
+    spec.scratch.update(_map(_gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
     return spec
 
 
@@ -160,11 +173,13 @@ def backward_spec(
             for name, C, dtype in (("a_hp", p.K, p.a_dtype), ("d_hp", p.N, p.out_dtype)):
                 if dtype != "bfloat16":
                     spec.scratch[name] = TensorSpec((p.M, C), "bfloat16")
+        elif impl.straight_tokens:
+            spec.scratch["a_tokens_bf16"] = TensorSpec((p.M, p.K), "bfloat16")
+            spec.scratch["d_tokens"] = TensorSpec((p.M, p.N), "bfloat16")
         else:
-            operand, scratch = _tokens("d_tokens", p.N, p, config, impl.wgrad_elements)
-            spec.scratch.update(operand | scratch)
-            if impl.wgrad_elements == "bf16":
-                spec.scratch["a_tokens_bf16"] = TensorSpec((p.K, padded_tokens(p.M, p.G)), "bfloat16")
+            spec.scratch.update(
+                _tokens("d_tokens", p.N, p, config, False) | _tokens_scratch("d_tokens", p.N, p, config)
+            )
     return spec
 
 
@@ -216,6 +231,8 @@ class _Call:
         if self.config.format == "bf16":
             return (b if b.dtype == torch.bfloat16 else self.scratch["b"].copy_(b)), None
         data, scale = self.scratch["b"], self.scratch.get("b_scale")
+        if scale is None and b.stride(2) != 1:  # bf16 in the layout of b
+            data = data.view(b.shape[0], b.shape[2], b.shape[1]).mT
         quantize.quantize_weights(b, self.config.format, data, scale, self.scratch.get("b_amax"), self.programs)
         return data, scale
 
@@ -224,21 +241,24 @@ class _Call:
 
     def tokens(self, name: str, x: torch.Tensor, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The wgrad operand of x, `name` in `tensors`."""
-        operand = tensors[name], tensors.get(f"{name}_scale")
+        data, scale = tensors[name], tensors.get(f"{name}_scale")
         map = self.map(x.shape[0], TOKEN_TILE)
-        quantize.quantize_tokens(x, self.config.format, *operand, self.scratch.get(f"{name}_amax"), *map)
-        return operand
+        if self.implementation.straight_tokens:
+            quantize.quantize_tokens_straight(x, self.config.format, data, scale, *map)
+        else:
+            assert scale is not None, f"{name} has no scale"
+            quantize.quantize_tokens(x, self.config.format, data, scale, self.scratch.get(f"{name}_amax"), *map)
+        return data, scale
 
     def rows_and_tokens(self, name: str, x: torch.Tensor, tensors: Tensors):
         """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`."""
-        tokens = f"{name}_tokens"
-        rows_operand = self.scratch[name], self.scratch.get(f"{name}_scale")
-        tokens_operand = tensors[tokens], tensors.get(f"{tokens}_scale")
-        quantize.quantize_rows_and_tokens(
-            x, self.config.format, rows_operand, tokens_operand, self.scratch.get(f"{tokens}_amax"),
-            *self.map(x.shape[0], TOKEN_TILE), self.programs,
-        )  # fmt: skip
-        return rows_operand, tokens_operand
+        if self.config.format != "fp8_rowwise":
+            return self.rows(name, x), self.tokens(f"{name}_tokens", x, tensors)
+        rows = self.scratch[name], self.scratch[f"{name}_scale"]
+        tokens = tensors[f"{name}_tokens"], tensors[f"{name}_tokens_scale"]
+        amax, map = self.scratch[f"{name}_tokens_amax"], self.map(x.shape[0], TOKEN_TILE)
+        quantize.quantize_rows_and_tokens(x, rows, tokens, amax, *map, self.programs)
+        return rows, tokens
 
     def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: torch.Tensor, out: torch.Tensor) -> None:
         """out[M, P] = a[M, C] @ b[G, P, C]^T, b still to be quantized along C."""
@@ -253,22 +273,20 @@ class _Call:
             a_data, a_scale, b_data, b_scale, token_tiles, groups, out, tuned, self.programs, self.precise
         )
 
-    def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out: torch.Tensor, transposed: bool) -> None:
+    def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out: torch.Tensor) -> None:
         """out[G, K, N] from wgrad operands of A and dOut; an out that is stored [G, N, K] swaps them."""
         if out.stride(2) != 1:
             a, a_scale, b, b_scale, out = b, b_scale, a, a_scale, out.mT
         if self.implementation.gemm == "torch":
-            _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, transposed, not self.precise)
+            _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, not self.precise)
             return
         tuned = self.gemm_tiles("grouped_mm_tokens", self.implementation.wgrad_elements, out)
-        grouped_gemm.grouped_mm_tokens(
-            a, a_scale, b, b_scale, groups, out, tuned, self.programs, transposed, self.precise
-        )
+        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, tuned, self.programs, self.precise)
 
     def wgrad_hp(self, A: torch.Tensor, dOut: torch.Tensor, dB: torch.Tensor) -> None:
         """dB from A and dOut in bf16, as they lie."""
         _, groups = self.map(dOut.shape[0], TOKEN_TILE)
-        self.grouped_mm_tokens(self.cast("a_hp", A), None, self.cast("d_hp", dOut), None, groups, dB, transposed=False)
+        self.grouped_mm_tokens(self.cast("a_hp", A), None, self.cast("d_hp", dOut), None, groups, dB)
 
     def wgrad(
         self,
@@ -278,12 +296,12 @@ class _Call:
         dB: torch.Tensor,
     ) -> None:
         """dB from the wgrad operands of A, as saved, and of dOut."""
-        _, groups = self.map(M, TOKEN_TILE)
+        token_tiles, groups = self.map(M, TOKEN_TILE)
         a_data, a_scale = a
-        if "a_tokens_bf16" in self.scratch:
+        if self.implementation.straight_tokens:
             a_data, a_scale = self.scratch["a_tokens_bf16"], None
-            quantize.dequantize(*a, a_data)
-        self.grouped_mm_tokens(a_data, a_scale, *d, groups, dB, transposed=True)
+            quantize.dequantize_tokens_straight(*a, a_data, token_tiles, groups)
+        self.grouped_mm_tokens(a_data, a_scale, *d, groups, dB)
 
 
 def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -310,8 +328,8 @@ def _torch_grouped_mm(a, a_scale, b, b_scale, groups, out, fast: bool) -> None:
     out.masked_fill_((rows >= groups[-1, 0])[:, None], 0.0)
 
 
-def _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, transposed: bool, fast: bool) -> None:
-    if transposed:
+def _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, fast: bool) -> None:
+    if a_scale is not None:
         ends = groups[1:, 2] * TOKEN_TILE
         result = torch._scaled_grouped_mm(
             a, b.mT, a_scale.flatten(), b_scale.flatten(), ends, out_dtype=torch.bfloat16, use_fast_accum=fast

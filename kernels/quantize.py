@@ -5,7 +5,8 @@ quantizes along the rows of each group and writes transposed, because fp8 tensor
 contiguously. A group is a run of tokens (ragged, padded to TOKEN_TILE) or one expert's matrix (all of R rows).
 
 Scales: `fp8_rowwise` float32, one a row (column); `mxfp8_*` E8M0, one for 32 elements. Given a bf16 output, an MX
-quantizer writes data * scale instead of bytes and scales: what a GPU without block-scaled MMA multiplies.
+quantizer writes data * scale instead of bytes and scales: what a GPU without block-scaled MMA multiplies. bf16 tensor
+cores read either order, so for them MX columns are quantized straight: in the layout of the input.
 
 Bytes are stored as int8: a kernel that stores fp8 both straight and transposed is miscompiled by ptxas <= 12.9.
 """
@@ -24,7 +25,7 @@ from xmoe.kernels.e4m3 import (
     rowwise_inverse,
     rowwise_scale,
 )
-from xmoe.operands import MX_BLOCK, TOKEN_TILE
+from xmoe.operands import MX_BLOCK, TOKEN_TILE, padded_tokens
 
 LONGEST_ROW = 16384
 """Rows up to this long stay in registers between the maximum and the cast (elements)."""
@@ -199,16 +200,15 @@ def _columns(
     scale_ptr, stride_st, stride_sc,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    RAGGED: tl.constexpr, MX: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
+    RAGGED: tl.constexpr, MX: tl.constexpr, RCEIL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_R rows and BLOCK_C columns, read once, written transposed, in words of 4 bytes or 2 bf16: the
-    rows of a word are loaded apart, so that what goes through shared memory is words.
+    """One tile of BLOCK_R rows and BLOCK_C columns, read once, written transposed, in words of four bytes: the rows of
+    a word are loaded apart, so that what goes through shared memory is words.
 
     A ragged tile t goes to columns t * BLOCK_R of data; a dense one to its own rows of its group. Ragged data is
     written whole (padding and unused tiles are zero)."""
-    PACK: tl.constexpr = 2 if DEQUANTIZE else 4
-    WORDS: tl.constexpr = BLOCK_R // PACK
+    WORDS: tl.constexpr = BLOCK_R // 4
     BLOCKS: tl.constexpr = BLOCK_R // 32
     tile = tl.program_id(0)
     group, first, end = _tile(tile, tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
@@ -218,27 +218,24 @@ def _columns(
     x_columns = x_ptr + group * stride_xg + col[None, :] * stride_xc
     values = ()
     amax = tl.zeros((WORDS, BLOCK_C), tl.int32)
-    for i in tl.static_range(PACK):
-        row = first + word[:, None] * PACK + i
+    for i in tl.static_range(4):
+        row = first + word[:, None] * 4 + i
         x = tl.load(x_columns + row.to(tl.int64) * stride_xr, (row < end) & (col < C)[None, :], 0.0).to(tl.float32)
         values += (x,)
         amax = tl.maximum(amax, magnitude(x))
 
     if MX:
-        byte = mx_byte(tl.max(tl.reshape(amax, (BLOCKS, 32 // PACK, BLOCK_C)), 1), RCEIL)
-        inverse = _repeat(mx_inverse(byte), 32 // PACK)
-        scale = _repeat(mx_scale(byte), 32 // PACK)
+        byte = mx_byte(tl.max(tl.reshape(amax, (BLOCKS, 8, BLOCK_C)), 1), RCEIL)
+        inverse = tl.broadcast_to(mx_inverse(byte)[:, None, :], (BLOCKS, 8, BLOCK_C))
+        inverse = tl.reshape(inverse, (WORDS, BLOCK_C))
     else:
         inverse = rowwise_inverse(tl.load(amax_ptr + group * C + col, col < C, 0))[None, :]
 
     words = tl.zeros((WORDS, BLOCK_C), tl.int32)
-    for i in tl.static_range(PACK):
-        data = encode(values[i] * inverse, HARDWARE)
-        if DEQUANTIZE:
-            data = (decode(data, HARDWARE) * scale).to(tl.bfloat16).to(tl.int16, bitcast=True)
-        bits = data.to(tl.int32) & ((1 << (32 // PACK)) - 1)
+    for i in tl.static_range(4):
+        byte_of_word = encode(values[i] * inverse, HARDWARE).to(tl.int32) & 0xFF
         # Padding stays zero beside poison too.
-        words |= tl.where(first + word[:, None] * PACK + i < end, bits, 0) << (i * 32 // PACK)
+        words |= tl.where(first + word[:, None] * 4 + i < end, byte_of_word, 0) << (8 * i)
 
     if RAGGED:
         out_first = tile * BLOCK_R
@@ -246,10 +243,10 @@ def _columns(
     else:
         out_first = first
         data_ptr += group * stride_dt
-        inside = (col < C)[:, None] & (first + word * PACK < R)[None, :]
-    tl.store(data_ptr + col[:, None] * stride_dc + out_first // PACK + word[None, :], tl.trans(words), inside)
+        inside = (col < C)[:, None] & (first + word * 4 < R)[None, :]
+    tl.store(data_ptr + col[:, None] * stride_dc + out_first // 4 + word[None, :], tl.trans(words), inside)
 
-    if MX and not DEQUANTIZE:
+    if MX:
         block = tl.arange(0, BLOCKS)
         if RAGGED:  # a tile's four bytes are one word
             four = tl.sum(byte << (8 * block)[:, None], 0)
@@ -260,25 +257,60 @@ def _columns(
             tl.store(out, tl.trans(byte).to(tl.uint8), (col < C)[:, None] & (block * 32 < R)[None, :])
 
 
-@triton.jit
-def _repeat(x, times: tl.constexpr):
-    """[B, C] to [B * times, C], each row `times` times."""
-    return tl.reshape(tl.broadcast_to(x[:, None, :], (x.shape[0], times, x.shape[1])), (x.shape[0] * times, x.shape[1]))
+@triton.jit(do_not_specialize=["G"])
+def _columns_mx_straight(
+    x_ptr, stride_xg, stride_xr, stride_xc,
+    data_ptr, stride_dg,
+    scale_ptr, tiles_ptr, groups_ptr,
+    G, R, C,
+    RAGGED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """One block of 32 rows and BLOCK_C columns, written where it was read. A thread holds all rows of its columns, so
+    nothing is exchanged between threads. The blocks of tile t of BLOCK_R rows are the scale's rows from
+    t * BLOCK_R / 32 on."""
+    blocks: tl.constexpr = BLOCK_R // 32
+    block = tl.program_id(0)
+    group, first, end = _tile(block // blocks, tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
+    first += block % blocks * 32
+    group = group.to(tl.int64)
+    col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    x_columns = x_ptr + group * stride_xg + col * stride_xc
+    amax = tl.zeros((BLOCK_C,), tl.int32)
+    values = ()
+    for i in tl.static_range(32):
+        row = (first + i).to(tl.int64)
+        x = tl.load(x_columns + row * stride_xr, (row < end) & (col < C), 0.0)
+        values += (x,)
+        amax = tl.maximum(amax, magnitude(x.to(tl.float32)))
+    byte = mx_byte(amax, RCEIL)
+    for i in tl.static_range(32):
+        row = (first + i).to(tl.int64)
+        data = encode(values[i].to(tl.float32) * mx_inverse(byte), HARDWARE)
+        if DEQUANTIZE:
+            data = (decode(data, HARDWARE) * mx_scale(byte)).to(tl.bfloat16)
+        tl.store(data_ptr + group * stride_dg + row * C + col, data, (row < end) & (col < C))
+    if not DEQUANTIZE:
+        tl.store(scale_ptr + block.to(tl.int64) * C + col, byte.to(tl.uint8), col < C)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _dequantize(
-    data_ptr, scale_ptr, out_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr
-):
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    first = tl.program_id(1) * BLOCK_C
-    col = first + tl.arange(0, BLOCK_C)[None, :]
-    block = first // 32 + tl.arange(0, BLOCK_C // 32)[None, :]
-    mask = (row < R) & (col < C)
-    data = tl.reshape(tl.load(data_ptr + row * C + col, mask, 0), (BLOCK_R, BLOCK_C // 32, 32))
-    byte = tl.load(scale_ptr + row * tl.cdiv(C, 32) + block, (row < R) & (block * 32 < C), 0).to(tl.int32)
-    value = decode(data, HARDWARE) * mx_scale(byte)[:, :, None]
-    tl.store(out_ptr + row * C + col, tl.reshape(value, (BLOCK_R, BLOCK_C)).to(tl.bfloat16), mask)
+@triton.jit(do_not_specialize=["G"])
+def _dequantize_straight(
+    data_ptr, scale_ptr, out_ptr, tiles_ptr, groups_ptr, G, C,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """The inverse of a ragged `_columns_mx_straight`."""
+    blocks: tl.constexpr = BLOCK_R // 32
+    block = tl.program_id(0)
+    _, first, end = _tile(block // blocks, tiles_ptr, groups_ptr, G, 0, True, BLOCK_R)
+    first += block % blocks * 32
+    col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    scale = mx_scale(tl.load(scale_ptr + block.to(tl.int64) * C + col, col < C, 0).to(tl.int32))
+    for i in tl.static_range(32):
+        row = (first + i).to(tl.int64)
+        inside = (row < end) & (col < C)
+        value = decode(tl.load(data_ptr + row * C + col, inside, 0), HARDWARE) * scale
+        tl.store(out_ptr + row * C + col, value.to(tl.bfloat16), inside)
 
 
 HARDWARE = isinstance(_rows_fp8, triton.JITFunction)
@@ -354,7 +386,7 @@ def _launch_columns(
 ):
     """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
-    mx, dequantize = format != "fp8_rowwise", data.dtype == torch.bfloat16
+    mx = format != "fp8_rowwise"
     maps = (tiles, groups, G, 0 if ragged else R, C)
     strides = (0 if ragged else x.stride(0), x.stride(1), x.stride(2))
     if not mx:
@@ -367,13 +399,12 @@ def _launch_columns(
                 )
         _columns_fp8_scale[(_cdiv(G * C, 1024),)](amax, scale, G * C, BLOCK=1024)
     if num_tiles:
-        pack = 2 if dequantize else 4
         block_c, warps = column_blocks(mx, x.element_size())
         _columns[(num_tiles, _cdiv(C, block_c))](
-            x, *strides, data.view(torch.int32), *(s // pack for s in data_strides),
-            scale.view(torch.uint8) if mx and scale is not None else None, *scale_strides,
+            x, *strides, data.view(torch.int32), *(s // 4 for s in data_strides),
+            scale.view(torch.uint8) if mx else None, *scale_strides,
             amax, *maps,
-            RAGGED=ragged, MX=mx, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=dequantize,
+            RAGGED=ragged, MX=mx, RCEIL=format == "mxfp8_rceil",
             BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=HARDWARE, num_warps=warps,
         )  # fmt: skip
 
@@ -388,7 +419,7 @@ def quantize_tokens(
     x: torch.Tensor,
     format: str,
     data: torch.Tensor,
-    scale: torch.Tensor | None,
+    scale: torch.Tensor,
     amax: torch.Tensor | None,
     tiles: torch.Tensor,
     groups: torch.Tensor,
@@ -399,8 +430,8 @@ def quantize_tokens(
 
     Args:
         format: "fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor".
-        data: e4m3 [C, Mp], written whole; or, for an MX format, bf16 [C, Mp] that receives data * scale.
-        scale: float32 [G, C], or E8M0 [C, Mp/32], written whole; None with bf16 `data`.
+        data: e4m3 [C, Mp], written whole.
+        scale: float32 [G, C], or E8M0 [C, Mp/32], written whole.
         amax: int32 [G, C] scratch, for "fp8_rowwise".
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
         amax_is_known: `amax` holds the bits of each column's largest magnitude (`quantize_rows_and_tokens`).
@@ -414,23 +445,22 @@ def quantize_tokens(
 
 def quantize_rows_and_tokens(
     x: torch.Tensor,
-    format: str,
-    rows: tuple[torch.Tensor, torch.Tensor | None],
-    tokens: tuple[torch.Tensor, torch.Tensor | None],
-    amax: torch.Tensor | None,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    amax: torch.Tensor,
     tiles: torch.Tensor,
     groups: torch.Tensor,
     programs: int,
 ) -> None:
-    """`quantize_rows` into `rows` (data, scale) and `quantize_tokens` into `tokens`, with one read of x less: the pass
-    over the rows also finds the columns' maxima. Rows of no group may be left unwritten in `rows`."""
+    """`quantize_rows` into `rows` (data, scale) and `quantize_tokens` into `tokens`, in "fp8_rowwise", with one read of
+    x less: the pass over the rows also finds the columns' maxima. Rows of no group may be left unwritten in `rows`."""
     M, C = x.shape
-    fused = format == "fp8_rowwise" and C <= LONGEST_ROW
-    if fused:
+    fits = C <= LONGEST_ROW
+    if fits:
         _launch_rows_fp8(x, (0, *x.stride()), *rows, amax.zero_(), groups, M, M, C, programs)
     else:
-        quantize_rows(x, format, *rows, programs)
-    quantize_tokens(x, format, *tokens, amax, tiles, groups, amax_is_known=fused)
+        quantize_rows(x, "fp8_rowwise", *rows, programs)
+    quantize_tokens(x, "fp8_rowwise", *tokens, amax, tiles, groups, amax_is_known=fits)
 
 
 def quantize_weights(
@@ -445,7 +475,8 @@ def quantize_weights(
     `b = B`, axis "K" is `b = B.mT`.
 
     Args:
-        data: e4m3 [G, P, C], written; or, for an MX format, bf16 that receives data * scale.
+        data: e4m3 [G, P, C], written; or, for an MX format, bf16 that receives data * scale and is contiguous in the
+            axis (1 or 2) in which b is.
         scale: float32 [G, P], or E8M0 [G, P, ceil(C/32)], written; None with bf16 `data`.
         amax: int32 [G, P] scratch, for "fp8_rowwise".
         programs: the number of multiprocessors.
@@ -454,6 +485,9 @@ def quantize_weights(
     if b.stride(2) == 1:
         quantize_rows(b, format, data, scale, programs)
         return
+    if scale is None:
+        _launch_straight(b.mT, G, C, P, format, data.mT, None, None, None, G * _cdiv(C, TOKEN_TILE))
+        return
     _launch_columns(
         b.mT, G, C, P, format,
         data, (P * C, C), scale, (P * _cdiv(C, MX_BLOCK), _cdiv(C, MX_BLOCK)),
@@ -461,11 +495,54 @@ def quantize_weights(
     )  # fmt: skip
 
 
-def dequantize(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """bf16 `out` = `data` (e4m3 [R, C]) * `scale` (E8M0 [R, ceil(C/32)])."""
-    R, C = data.shape
-    grid = (_cdiv(R, 32), _cdiv(C, 128))
-    if R and C:
-        _dequantize[grid](
-            data.view(torch.int8), scale.view(torch.uint8), out, R, C, BLOCK_R=32, BLOCK_C=128, HARDWARE=HARDWARE
-        )
+STRAIGHT_BLOCK = 128
+"""Columns of a straight program of one warp: 4 a thread, of 32 rows each; with 8, registers spill."""
+
+
+def _launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles):
+    """`x` and `data` are [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
+    ragged = tiles is not None
+    assert data.stride()[1:] == (C, 1), f"strides {data.stride()}: expected rows of {C}"
+    if num_tiles:
+        _columns_mx_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), _cdiv(C, STRAIGHT_BLOCK))](
+            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
+            _stores(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
+            tiles, groups, G, 0 if ragged else R, C,
+            RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=STRAIGHT_BLOCK, HARDWARE=HARDWARE, num_warps=1,
+        )  # fmt: skip
+
+
+def quantize_tokens_straight(
+    x: torch.Tensor,
+    format: str,
+    data: torch.Tensor,
+    scale: torch.Tensor | None,
+    tiles: torch.Tensor,
+    groups: torch.Tensor,
+) -> None:
+    """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, in place of its layout: the bytes
+    of `quantize_tokens`, neither transposed nor padded.
+
+    Args:
+        format: "mxfp8_rceil" or "mxfp8_floor".
+        data: e4m3 [M, C], or bf16 that receives data * scale. Rows of no group are left as they are.
+        scale: E8M0 [Mp/32, C], written whole: the transpose of `quantize_tokens`'s; None with bf16 `data`.
+        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
+    """
+    (M, C), G = x.shape, groups.shape[0] - 1
+    num_tiles = padded_tokens(M, G) // TOKEN_TILE
+    _launch_straight(x[None], G, M, C, format, data[None], scale, tiles, groups, num_tiles)
+
+
+def dequantize_tokens_straight(
+    data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, tiles: torch.Tensor, groups: torch.Tensor
+) -> None:
+    """bf16 `out` [M, C] = data * scale of `quantize_tokens_straight`. Rows of no group are left as they are."""
+    (M, C), G = data.shape, groups.shape[0] - 1
+    blocks = padded_tokens(M, G) // MX_BLOCK
+    if blocks:
+        _dequantize_straight[(blocks, _cdiv(C, 512))](
+            data.view(torch.int8), scale.view(torch.uint8), out, tiles, groups, G, C,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=512, HARDWARE=HARDWARE, num_warps=1,
+        )  # fmt: skip

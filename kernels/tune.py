@@ -70,15 +70,15 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
 
         return launch
 
-    Mp, transposed = padded_tokens(M, G), element != "bf16"
-    a, b = (random(C, Mp) if transposed else random(M, C) for C in (N, K))
+    Mp = padded_tokens(M, G)
+    a, b = (random(M, C) if element == "bf16" else random(C, Mp) for C in (N, K))
     a_scale, b_scale = (scales(G, C, C=0) if element == "fp8" else scales(C, C=Mp) for C in (N, K))
     out = torch.empty(G, N, K, dtype=out_dtype, device="cuda")
     token_tiles = torch.empty(tiles.max_tiles(M, G, TOKEN_TILE), 4, dtype=torch.int32, device="cuda")
     tiles.map_tiles(offs, M, TOKEN_TILE, token_tiles, groups)
 
     def launch_tokens(t: GemmTiles) -> None:
-        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, t, programs, transposed)
+        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, t, programs)
 
     return launch_tokens
 

@@ -77,20 +77,31 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                        mx | scale | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROWS_MX_BLOCK}, sm,
                        divisible=("stride_xr", "C"))  # fmt: skip
             for ragged in (True, False):
-                yield columns_case(f"{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}", x | {"scale_ptr": u8},
-                                   mx | scale | {"amax_ptr": None, "MX": True}, ragged, sm)  # fmt: skip
+                if not bf16_out:
+                    yield columns_case(f"{dtype},{fmt},ragged={ragged}", x | {"scale_ptr": u8},
+                                       {"RCEIL": mx["RCEIL"], "HARDWARE": True, "amax_ptr": None, "MX": True}, ragged,
+                                       sm)  # fmt: skip
+                if ragged or bf16_out:
+                    yield Case(f"columns_mx_straight[{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}]",
+                               quantize._columns_mx_straight,
+                               x | data | {"scale_ptr": u8, "tiles_ptr": i32, "groups_ptr": i32},
+                               mx | scale | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
+                               | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE,
+                                  "BLOCK_C": quantize.STRAIGHT_BLOCK}, sm, 1,
+                               divisible=("stride_xr", "C", "stride_dg", "R"))  # fmt: skip
         for ragged in (True, False):
             maps = {"tiles_ptr": i32, "groups_ptr": i32, "amax_ptr": i32}
             yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize._columns_amax, x | maps,
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                        | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
-            fp8 = {"MX": False, "RCEIL": False, "DEQUANTIZE": False, "HARDWARE": True}
+            fp8 = {"MX": False, "RCEIL": False, "HARDWARE": True}
             yield columns_case(f"{dtype},fp8,ragged={ragged}", x | {"scale_ptr": f32}, fp8, ragged, sm)
     yield Case("columns_fp8_scale", quantize._columns_fp8_scale, {"amax_ptr": i32, "scale_ptr": f32},
                {"BLOCK": 1024}, sm)  # fmt: skip
-    yield Case("dequantize", quantize._dequantize, {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16"},
-               {"BLOCK_R": 32, "BLOCK_C": 128, "HARDWARE": True}, sm, divisible=("C",))  # fmt: skip
+    yield Case("dequantize_straight", quantize._dequantize_straight,
+               {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16", "tiles_ptr": i32, "groups_ptr": i32},
+               {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": True}, sm, 1, divisible=("C",))  # fmt: skip
 
 
 def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
@@ -128,14 +139,13 @@ def gemm_cases(sm: int) -> Iterator[Case]:
                                      "BLOCK_C": t.depth}, f"{shape_class},last={contraction_last}")  # fmt: skip
     for elements, classes in table["grouped_mm_tokens"].items():
         for shape_class, t in classes.items():
-            for transposed in (True, False) if elements == "bf16" else (True,):
-                a, b = ([t.rows, t.depth], [t.cols, t.depth]) if transposed else ([t.depth, t.rows], [t.depth, t.cols])
-                for out, precise in loads(shape_class, elements):
-                    yield gemm_case("grouped_mm_tokens", grouped_gemm._grouped_mm_tokens, elements, t, sm, out,
-                                    precise, a, b,
-                                    {"TRANSPOSED": transposed, "TOKEN_TILE": TOKEN_TILE, "BLOCK_P": t.rows,
-                                     "BLOCK_Q": t.cols, "BLOCK_M": t.depth},
-                                    f"{shape_class},transposed={transposed}")  # fmt: skip
+            a, b = [t.rows, t.depth], [t.cols, t.depth]
+            if elements == "bf16":
+                a, b = a[::-1], b[::-1]
+            for out, precise in loads(shape_class, elements):
+                yield gemm_case("grouped_mm_tokens", grouped_gemm._grouped_mm_tokens, elements, t, sm, out, precise, a,
+                                b, {"TOKEN_TILE": TOKEN_TILE, "BLOCK_P": t.rows, "BLOCK_Q": t.cols, "BLOCK_M": t.depth},
+                                shape_class)  # fmt: skip
 
 
 def loads(shape_class: str, elements: str) -> tuple[tuple[str, bool], ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
 from xmoe.kernels import pipeline
-from xmoe.kernels.dispatch import Device
+from xmoe.kernels.dispatch import Device, Implementation, select
 from xmoe.operands import FEATURE_MULTIPLE
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -128,7 +128,8 @@ def _problem(
 def grouped_mm_forward(
     A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out [M, N], a_tokens [K, Mp], a_tokens_scale)``; the last two are empty [0] unless `save_tokens` made them.
+    """``(out [M, N], a_tokens, a_tokens_scale)`` (``pipeline.forward_outputs``); the last two are empty [0] unless
+    `save_tokens` made them.
 
     Args:
         A: bf16 or fp32 [M, K].
@@ -162,23 +163,21 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits and x.data_ptr() % _TMA_BYTES == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-_FAKE_VIEW = Device("meta")
-
-
-def _fake_config(key: str) -> GroupedMMConfig:
-    """The emulated twin: its spec has the same outputs, and no scratch that depends on a device or a tuned tile."""
-    return dataclasses.replace(config_from_key(key), kernel_preference=KernelPreference.EMULATED)
+def _fake_implementation(config_key: str, device: torch.device) -> tuple[GroupedMMConfig, Implementation]:
+    """The config, and the implementation that a tensor said to be on `device` would get."""
+    config = config_from_key(config_key)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return config, select(config, pipeline.device_of("cuda", device.index))
+    return config, select(dataclasses.replace(config, kernel_preference=KernelPreference.EMULATED), Device("meta"))
 
 
 @grouped_mm_forward.register_fake
 def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
     devices = (A.device, B.device, offs.device)
     check_signature(A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, devices)
-    config = _fake_config(config_key)
+    config, implementation = _fake_implementation(config_key, A.device)
     problem = _problem(A.shape[0], B.shape, A.dtype, B.dtype, _out_dtype(config, A.dtype))
-    # Past the cache: a symbolic M cannot be hashed.
-    spec = pipeline.forward_spec.__wrapped__(problem, config, _FAKE_VIEW, save_tokens)
-    outputs = _allocate(_specs(spec.outputs), A.device)
+    outputs = _allocate(_specs(pipeline.forward_outputs(problem, config, implementation, save_tokens)), A.device)
     if "a_tokens" in outputs:
         return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
     return outputs["out"], A.new_empty(0), A.new_empty(0)
@@ -261,10 +260,7 @@ def _(
     need_dA: bool,
     need_dB: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = _problem(dOut.shape[0], B.shape, A_dtype, B.dtype, _DTYPES[dOut.dtype])
-    config = _fake_config(config_key)
-    outputs = pipeline.backward_spec.__wrapped__(problem, config, _FAKE_VIEW, need_dA, need_dB).outputs
-    dA_shape = outputs["dA"].shape if need_dA else (0,)
+    dA_shape = (dOut.shape[0], B.shape[1]) if need_dA else (0,)
     return dOut.new_empty(dA_shape, dtype=A_dtype), _empty_dB(B) if need_dB else B.new_empty(0)
 
 

@@ -90,7 +90,7 @@ def test_fp8_tokens(backend, M, ends, precise):
     groups = token_map(torch.tensor(ends, dtype=torch.int32, device=backend.device), M)[1]
     out = torch.full((G, K, N), float("nan"), dtype=torch.float32, device=backend.device)
     operands = [tensor(x, backend.device) for x in (a.data, a.scale, d.data, d.scale)]
-    grouped_gemm.grouped_mm_tokens(*operands, groups, out, tuned, 5, True, precise)
+    grouped_gemm.grouped_mm_tokens(*operands, groups, out, tuned, 5, precise)
     close(out, oracle.grouped_mm_tokens(a, d, ends))
     for g, group in enumerate(oracle.token_layout(ends, M)):
         assert group.end > group.start or not out[g].any()
@@ -131,7 +131,7 @@ def test_plain_tokens(backend, M, ends):
         a, d = torch.full_like(A, float("nan")), torch.full_like(D, float("nan"))
         a[mine], d[mine] = A[mine], D[mine]
         out = torch.full((G, K, N), 7.0, dtype=torch.float32, device=A.device)
-        grouped_gemm.grouped_mm_tokens(a, None, d, None, groups, out, tuned, 5, False)
+        grouped_gemm.grouped_mm_tokens(a, None, d, None, groups, out, tuned, 5)
         close(out[kept], arrays(A[mine]).T.astype(float) @ arrays(D[mine]))
         for g, group in enumerate(layout):
             assert group.end > group.start or not out[g].any()
@@ -154,5 +154,5 @@ def test_native_mx(M, ends, fmt):
     a, d = (oracle.quantize_tokens(x.numpy(), ends, fmt) for x in (A, D))
     out = torch.full((G, K, N), float("nan"), dtype=torch.bfloat16, device=device)
     operands = [tensor(x, device) for x in (a.data, a.scale, d.data, d.scale)]
-    grouped_gemm.grouped_mm_tokens(*operands, token_map(offs, M, TOKEN_TILE)[1], out, tuned, 5, True)
+    grouped_gemm.grouped_mm_tokens(*operands, token_map(offs, M, TOKEN_TILE)[1], out, tuned, 5)
     close(out, oracle.grouped_mm_tokens(a, d, ends))

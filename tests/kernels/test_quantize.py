@@ -86,14 +86,32 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)
 
-    rows, owned = oracle.quantize_rows(arrays(x), fmt), max(0, *np.clip(offs.numpy(), 0, M))
-    both = [empty_like(array, x.device) for array in (rows.data, rows.scale, expected.data, expected.scale)]
-    maps = token_map(offs.to(x.device), M)
-    quantize.quantize_rows_and_tokens(x, fmt, tuple(both[:2]), tuple(both[2:]), amax.fill_(-1), *maps, 4)
-    for got, array in zip(both[:2], (rows.data, rows.scale), strict=True):
-        assert same_bytes(got[:owned], array[:owned])
-    for got, array in zip(both[2:], (expected.data, expected.scale), strict=True):
-        assert same_bytes(got, array)
+    owned, maps = max(0, *np.clip(offs.numpy(), 0, M)), token_map(offs.to(x.device), M)
+    if fmt == "fp8_rowwise":
+        rows = oracle.quantize_rows(arrays(x), fmt)
+        both = [empty_like(array, x.device) for array in (rows.data, rows.scale, expected.data, expected.scale)]
+        quantize.quantize_rows_and_tokens(x, tuple(both[:2]), tuple(both[2:]), amax.fill_(-1), *maps, 4)
+        for got, array in zip(both[:2], (rows.data, rows.scale), strict=True):
+            assert same_bytes(got[:owned], array[:owned])
+        for got, array in zip(both[2:], (expected.data, expected.scale), strict=True):
+            assert same_bytes(got, array)
+        return
+
+    straight = oracle.tokens_to_rows(expected.data, offs.numpy(), M)
+    data, scale = empty_like(straight, x.device), empty_like(expected.scale.T, x.device)
+    quantize.quantize_tokens_straight(x, fmt, data, scale, *maps)
+    assert same_bytes(data[:owned], straight[:owned])
+    assert same_bytes(scale, expected.scale.T)
+
+    value = oracle.tokens_to_rows(oracle.dequantize(expected, offs.numpy()), offs.numpy(), M)[:owned]
+    normal = torch.from_numpy(~(np.abs(value) < 1e-30))  # below, bf16 loses bits
+    fused, separate = (torch.full((M, 80), 7.0, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    quantize.quantize_tokens_straight(x, fmt, fused, None, *maps)
+    quantize.dequantize_tokens_straight(data, scale, separate, *maps)
+    for got in (fused, separate):
+        assert bool((got[owned:] == 7.0).all())
+        exact = torch.from_numpy(value).to(torch.bfloat16)
+        torch.testing.assert_close(got[:owned].cpu()[normal], exact[normal], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,18 +136,16 @@ def test_weights(backend, fmt, axis, dtype, stored):
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")  # NumPy's Inf * 0
 @pytest.mark.parametrize("fmt", ["mxfp8_rceil", "mxfp8_floor"])
 def test_dequantized_bf16(backend, fmt):
-    """The fused quantize-dequantize and the dequantizer give data * scale, exactly where bf16 holds it."""
-    x = awkward(37, 144).to(backend.device)
-    x[torch.isfinite(x) & (x.abs() < 1e-30)] = 0  # below bf16's normal range after scaling
-    expected = oracle.quantize_rows(arrays(x), fmt)
-    value = torch.from_numpy(oracle.dequantize(expected)).to(torch.bfloat16)
-    fused, separate = (torch.empty(x.shape, dtype=torch.bfloat16, device=x.device) for _ in range(2))
-    quantize.quantize_rows(x, fmt, fused, None, 4)
-    data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
-    quantize.quantize_rows(x, fmt, data, scale, 4)
-    quantize.dequantize(data, scale, separate)
-    for got in (fused, separate):
-        torch.testing.assert_close(got.cpu(), value, rtol=0, atol=0, equal_nan=True)
+    """data * scale, exactly where bf16 holds it: of rows, and of weights along either axis, in the layout of the
+    weights."""
+    B = awkward(3 * 80, 144).view(3, 80, 144).to(backend.device)
+    B[torch.isfinite(B) & (B.abs() < 1e-30)] = 0  # below bf16's normal range after scaling
+    for axis, b in (("N", B), ("K", B.mT)):
+        value = torch.from_numpy(oracle.dequantize(oracle.quantize_weights(arrays(B), axis, fmt))).to(torch.bfloat16)
+        data = torch.empty_like(b, dtype=torch.bfloat16)
+        assert data.stride() == b.stride()
+        quantize.quantize_weights(b, fmt, data, None, None, 4)
+        torch.testing.assert_close(data.cpu(), value, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu
