@@ -117,6 +117,33 @@ def test_in_the_interpreter(pattern, stored, monkeypatch):
     run.check()
 
 
+class Float64Gemm:
+    """In place of `grouped_gemm`, whose bf16 operands the interpreter multiplies wrongly."""
+
+    def grouped_mm(self, a, a_scale, b, b_scale, tiles, groups, out, *_):
+        assert a_scale is b_scale is None
+        out.zero_()
+        for expert, (start, end) in zip(b.double(), groups[:-1, :2].tolist(), strict=True):
+            out[start:end] = a[start:end].double() @ expert.mT
+
+    def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out, *_):
+        assert a_scale is b_scale is None
+        for g, (start, end) in enumerate(groups[:-1, :2].tolist()):
+            out[g] = a[start:end].double().mT @ b[start:end].double()
+
+
+@pytest.mark.skipif(quantize.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.parametrize(
+    ("recipe", "pattern", "stored"), [("mxfp8_rceil", "short", "GNK"), ("mxfp8_floor", "uneven", "GKN")]
+)
+def test_mx_through_bf16_in_the_interpreter(recipe, pattern, stored, monkeypatch):
+    """All but the GEMMs themselves."""
+    monkeypatch.setattr(pipeline, "_programs", lambda index: 3)
+    monkeypatch.setattr(pipeline, "grouped_gemm", Float64Gemm())
+    Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored, device=Device("cuda", (9, 0)),
+        M=150, K=48, N=32, where="cpu").check()  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_floor"])
 def test_no_tokens(recipe):
