@@ -276,20 +276,22 @@ def _columns_mx_straight(
     group = group.to(tl.int64)
     col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     x_columns = x_ptr + group * stride_xg + col * stride_xc
-    amax = tl.zeros((BLOCK_C,), tl.int32)
-    values = ()
-    for i in tl.static_range(32):
-        row = (first + i).to(tl.int64)
-        x = tl.load(x_columns + row * stride_xr, (row < end) & (col < C), 0.0)
-        values += (x,)
-        amax = tl.maximum(amax, magnitude(x.to(tl.float32)))
-    byte = mx_byte(amax, RCEIL)
-    for i in tl.static_range(32):
-        row = (first + i).to(tl.int64)
-        data = encode(values[i].to(tl.float32) * mx_inverse(byte), HARDWARE)
-        if DEQUANTIZE:
-            data = (decode(data, HARDWARE) * mx_scale(byte)).to(tl.bfloat16)
-        tl.store(data_ptr + group * stride_dg + row * C + col, data, (row < end) & (col < C))
+    byte = tl.zeros((BLOCK_C,), tl.int32)
+    if first < end:
+        amax = tl.zeros((BLOCK_C,), tl.int32)
+        values = ()
+        for i in tl.static_range(32):
+            row = (first + i).to(tl.int64)
+            x = tl.load(x_columns + row * stride_xr, (row < end) & (col < C), 0.0)
+            values += (x,)
+            amax = tl.maximum(amax, magnitude(x.to(tl.float32)))
+        byte = mx_byte(amax, RCEIL)
+        for i in tl.static_range(32):
+            row = (first + i).to(tl.int64)
+            data = encode(values[i].to(tl.float32) * mx_inverse(byte), HARDWARE)
+            if DEQUANTIZE:
+                data = (decode(data, HARDWARE) * mx_scale(byte)).to(tl.bfloat16)
+            tl.store(data_ptr + group * stride_dg + row * C + col, data, (row < end) & (col < C))
     if not DEQUANTIZE:
         tl.store(scale_ptr + block.to(tl.int64) * C + col, byte.to(tl.uint8), col < C)
 
@@ -305,12 +307,13 @@ def _dequantize_straight(
     _, first, end = _tile(block // blocks, tiles_ptr, groups_ptr, G, 0, True, BLOCK_R)
     first += block % blocks * 32
     col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    scale = mx_scale(tl.load(scale_ptr + block.to(tl.int64) * C + col, col < C, 0).to(tl.int32))
-    for i in tl.static_range(32):
-        row = (first + i).to(tl.int64)
-        inside = (row < end) & (col < C)
-        value = decode(tl.load(data_ptr + row * C + col, inside, 0), HARDWARE) * scale
-        tl.store(out_ptr + row * C + col, value.to(tl.bfloat16), inside)
+    if first < end:
+        scale = mx_scale(tl.load(scale_ptr + block.to(tl.int64) * C + col, col < C, 0).to(tl.int32))
+        for i in tl.static_range(32):
+            row = (first + i).to(tl.int64)
+            inside = (row < end) & (col < C)
+            value = decode(tl.load(data_ptr + row * C + col, inside, 0), HARDWARE) * scale
+            tl.store(out_ptr + row * C + col, value.to(tl.bfloat16), inside)
 
 
 HARDWARE = isinstance(_rows_fp8, triton.JITFunction)

@@ -86,8 +86,8 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)
 
-    owned, maps = max(0, *np.clip(offs.numpy(), 0, M)), token_map(offs.to(x.device), M)
     if fmt == "fp8_rowwise":
+        owned, maps = max(0, *np.clip(offs.numpy(), 0, M)), token_map(offs.to(x.device), M)
         rows = oracle.quantize_rows(arrays(x), fmt)
         both = [empty_like(array, x.device) for array in (rows.data, rows.scale, expected.data, expected.scale)]
         quantize.quantize_rows_and_tokens(x, tuple(both[:2]), tuple(both[2:]), amax.fill_(-1), *maps, 4)
@@ -95,17 +95,33 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
             assert same_bytes(got[:owned], array[:owned])
         for got, array in zip(both[2:], (expected.data, expected.scale), strict=True):
             assert same_bytes(got, array)
-        return
 
-    straight = oracle.tokens_to_rows(expected.data, offs.numpy(), M)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "M", "ends"),
+    [
+        ("mxfp8_rceil", 70, [33, 33, 66]),
+        ("mxfp8_floor", 150, [-5, 140]),
+        ("mxfp8_floor", 40, [70, 20]),
+        ("mxfp8_rceil", 0, [0]),
+    ],
+)
+def test_straight_tokens(backend, fmt, M, ends, dtype):
+    """The oracle's bytes where they were, and data * scale as bf16, at once or from the bytes."""
+    offs = np.array(ends, np.int32)
+    x = to_kernel(awkward(M, 144).to(dtype), backend)
+    expected = oracle.quantize_tokens(arrays(x), offs, fmt)
+    owned, maps = max(0, *np.clip(offs, 0, M)), token_map(torch.from_numpy(offs).to(x.device), M)
+    straight = oracle.tokens_to_rows(expected.data, offs, M)
     data, scale = empty_like(straight, x.device), empty_like(expected.scale.T, x.device)
     quantize.quantize_tokens_straight(x, fmt, data, scale, *maps)
     assert same_bytes(data[:owned], straight[:owned])
     assert same_bytes(scale, expected.scale.T)
 
-    value = oracle.tokens_to_rows(oracle.dequantize(expected, offs.numpy()), offs.numpy(), M)[:owned]
+    value = oracle.tokens_to_rows(oracle.dequantize(expected, offs), offs, M)[:owned]
     normal = torch.from_numpy(~(np.abs(value) < 1e-30))  # below, bf16 loses bits
-    fused, separate = (torch.full((M, 80), 7.0, dtype=torch.bfloat16, device=x.device) for _ in range(2))
+    fused, separate = (torch.full((M, 144), 7.0, dtype=torch.bfloat16, device=x.device) for _ in range(2))
     quantize.quantize_tokens_straight(x, fmt, fused, None, *maps)
     quantize.dequantize_tokens_straight(data, scale, separate, *maps)
     for got in (fused, separate):
