@@ -187,12 +187,6 @@ def _columns_amax(
         tl.atomic_max(amax_ptr + group.to(tl.int64) * C + col, amax, col < C, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["GC"])
-def _columns_fp8_scale(amax_ptr, scale_ptr, GC, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(scale_ptr + index, rowwise_scale(tl.load(amax_ptr + index, index < GC, 0)), index < GC)
-
-
 @triton.jit(do_not_specialize=["G", "stride_st", "stride_sc"])
 def _columns(
     x_ptr, stride_xg, stride_xr, stride_xc,
@@ -229,7 +223,15 @@ def _columns(
         inverse = tl.broadcast_to(mx_inverse(byte)[:, None, :], (BLOCKS, 8, BLOCK_C))
         inverse = tl.reshape(inverse, (WORDS, BLOCK_C))
     else:
-        inverse = rowwise_inverse(tl.load(amax_ptr + group * C + col, col < C, 0))[None, :]
+        bits = tl.load(amax_ptr + group * C + col, col < C, 0)
+        inverse = rowwise_inverse(bits)[None, :]
+        group_first = 0
+        if RAGGED:
+            group_first = tl.load(groups_ptr + group * 4)
+            if tile == 0:
+                _scale_empty_groups(scale_ptr, groups_ptr, G, col, C)
+        if first == group_first:
+            tl.store(scale_ptr + group * C + col, rowwise_scale(bits), col < C)
 
     words = tl.zeros((WORDS, BLOCK_C), tl.int32)
     for i in tl.static_range(4):
@@ -255,6 +257,18 @@ def _columns(
             block += out_first // 32
             out = scale_ptr + group * stride_st + col[:, None] * stride_sc + block[None, :]
             tl.store(out, tl.trans(byte).to(tl.uint8), (col < C)[:, None] & (block * 32 < R)[None, :])
+
+
+@triton.jit
+def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
+    """Groups without tokens have no tile that would write their scale."""
+    for some in range(0, G, 16):
+        group = some + tl.arange(0, 16)
+        start = tl.load(groups_ptr + group * 4, group < G, 0)
+        end = tl.load(groups_ptr + group * 4 + 1, group < G, 0)
+        empty = (group < G) & (start == end)
+        scale = rowwise_scale(tl.zeros((16, 1), tl.int32))
+        tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["G"])
@@ -384,6 +398,10 @@ def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs):
     )  # fmt: skip
 
 
+EMPTY_SCALE = 2.0**-48
+"""Of a column without tokens: that of amax 1e-12."""
+
+
 def _launch_columns(
     x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, amax_is_known=False
 ):
@@ -400,12 +418,13 @@ def _launch_columns(
                 _columns_amax[(num_tiles, _cdiv(C, 64))](
                     x, *strides, amax, *maps, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64
                 )
-        _columns_fp8_scale[(_cdiv(G * C, 1024),)](amax, scale, G * C, BLOCK=1024)
+        if not num_tiles:
+            scale.fill_(EMPTY_SCALE)
     if num_tiles:
         block_c, warps = column_blocks(mx, x.element_size())
         _columns[(num_tiles, _cdiv(C, block_c))](
             x, *strides, data.view(torch.int32), *(s // 4 for s in data_strides),
-            scale.view(torch.uint8) if mx else None, *scale_strides,
+            scale.view(torch.uint8) if mx else scale, *scale_strides,
             amax, *maps,
             RAGGED=ragged, MX=mx, RCEIL=format == "mxfp8_rceil",
             BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=HARDWARE, num_warps=warps,

@@ -97,8 +97,6 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
             fp8 = {"MX": False, "RCEIL": False, "HARDWARE": True}
             yield columns_case(f"{dtype},fp8,ragged={ragged}", x | {"scale_ptr": f32}, fp8, ragged, sm)
-    yield Case("columns_fp8_scale", quantize._columns_fp8_scale, {"amax_ptr": i32, "scale_ptr": f32},
-               {"BLOCK": 1024}, sm)  # fmt: skip
     yield Case("dequantize_straight", quantize._dequantize_straight,
                {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16", "tiles_ptr": i32, "groups_ptr": i32},
                {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": True}, sm, 1, divisible=("C",))  # fmt: skip
