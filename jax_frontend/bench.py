@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from xmoe.bench.events import Emit
 from xmoe.bench.exactness import Exactness, judge, least_db
-from xmoe.bench.harness import Case, System, Timer, measure
+from xmoe.bench.harness import Case, System, Timer, run_cases
 from xmoe.bench.options import Options
 from xmoe.bench.report import BOTH
 from xmoe.bench.results import Row
 from xmoe.bench.workload import gemm_work, uneven_sizes
 from xmoe.config import config_from_recipe
 from xmoe.jax_frontend.ragged_dot import ragged_dot
-from xmoe.shapes import LayerShape, Shape
+from xmoe.shapes import Shape
 
 RaggedDot = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(lhs [M, K], rhs [G, K, N], group_sizes int32 [G]) → [M, N]."""
@@ -43,11 +43,9 @@ def run(options: Options, emit: Emit) -> None:
 
 def measure_all(options: Options, capability: tuple[int, int] | None, timer: Timer, emit: Emit) -> list[Row]:
     """Every shape of ``options`` on the default device, which has ``capability`` (None: no GPU)."""
-    rows = []
-    for shape in options.shapes:
-        assert not isinstance(shape, LayerShape), "layers are measured in torch alone"
-        rows += measure(case(options, shape, capability), options.rounds, timer, XlaMemory(), emit)
-    return rows
+    shapes = [shape for shape in options.shapes if isinstance(shape, Shape)]
+    makers = ((f"{shape.name} in JAX", functools.partial(case, options, shape, capability)) for shape in shapes)
+    return run_cases(makers, options.rounds, timer, XlaMemory(), emit)
 
 
 class WallTimer:
@@ -97,7 +95,7 @@ def case(options: Options, shape: Shape, capability: tuple[int, int] | None) -> 
     keys = jax.random.split(jax.random.key(0), 3)
     dims = ((shape.M, shape.K), (shape.G, shape.K, shape.N), (shape.M, shape.N))
     lhs, rhs, dout = (jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, dims, strict=True))
-    reference = dict(zip(NAMES, dense(lhs, rhs, dout, ends), strict=True))
+    reference: dict[str, jax.Array] = dict(zip(NAMES, dense(lhs, rhs, dout, ends), strict=True))
 
     functions: dict[str, tuple[RaggedDot, str]] = {}
     missing: dict[str, str] = {}
@@ -107,7 +105,7 @@ def case(options: Options, shape: Shape, capability: tuple[int, int] | None) -> 
         try:
             functions["tokamax bf16"] = tokamax_ragged_dot(), "bf16"
         except Exception as error:  # an installation that does not fit this jax
-            missing["tokamax bf16"] = f"cannot run: {type(error).__name__}: {str(error)[:160]}"
+            missing["tokamax bf16"] = f"{type(error).__name__}: {str(error)[:160]}"
     for recipe in options.recipes:
         functions[f"xmoe {recipe}, JAX"] = functools.partial(ragged_dot, config=recipe), recipe
 
@@ -157,7 +155,7 @@ class Program:
 
 def tokamax_ragged_dot() -> RaggedDot:
     """`tokamax.ragged_dot`, as it chooses its implementation. Raises ImportError."""
-    import tokamax
+    import tokamax  # type: ignore (optional)
     from absl import flags
 
     if not flags.FLAGS.is_parsed():  # its options are flags, and this process has no command line for them

@@ -18,6 +18,10 @@ BLOCK_SCALED = Device("cuda", (10, 0))
 """The device whose pipeline multiplies every format's 8-bit elements as they are."""
 
 
+Written = tuple[tuple[torch.Tensor, ...], Callable[[], Any]]
+"""Outputs, and what writes them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A quantizer: ``launch`` reads ``source`` and writes all of ``outputs``."""
@@ -45,6 +49,11 @@ class PreparedGemm:
     b_scale: torch.Tensor | None
     out: torch.Tensor
     launch: Callable[[], Any]
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """(a [M, K], its scale, b [G, N, K], its scale); bf16 has no scales."""
+        return self.a, self.a_scale, self.b, self.b_scale
 
 
 def _problem(A: torch.Tensor, B: torch.Tensor) -> tuple[pipeline.Problem, Device]:
@@ -89,17 +98,17 @@ class _KernelCalls:
     def _pick(tensors: dict[str, torch.Tensor], *names: str) -> tuple[torch.Tensor, ...]:
         return tuple(tensors[key] for name in names for key in (name, f"{name}_scale") if key in tensors)
 
-    def rows(self, A: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Callable[[], Any]]:
+    def rows(self, A: torch.Tensor) -> Written:
         return self._pick(self._forward, "a"), lambda: self._calls[0].rows("a", A)
 
-    def tokens(self, A: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Callable[[], Any]]:
+    def tokens(self, A: torch.Tensor) -> Written:
         return self._pick(self._forward, "a_tokens"), lambda: self._calls[0].tokens("a_tokens", A, self._forward)
 
-    def rows_and_tokens(self, A: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Callable[[], Any]]:
+    def rows_and_tokens(self, A: torch.Tensor) -> Written:
         outputs = self._pick(self._forward, "a", "a_tokens")
         return outputs, lambda: self._calls[0].rows_and_tokens("a", A, self._forward)
 
-    def weights(self, B: torch.Tensor, axis: str) -> tuple[tuple[torch.Tensor, ...], Callable[[], Any]]:
+    def weights(self, B: torch.Tensor, axis: str) -> Written:
         if axis == "K":
             return self._pick(self._forward, "b"), lambda: self._calls[0].weights(B.mT)
         return self._pick(self._backward, "b"), lambda: self._calls[1].weights(B)
@@ -111,26 +120,26 @@ class _EmulatedCalls:
     def __init__(self, config: GroupedMMConfig, offs: torch.Tensor) -> None:
         self._format, self._offs = config.format, offs
 
-    def _calls(self, *functions: Callable[[], QuantizedOperand[torch.Tensor]]) -> Any:
+    def _calls(self, *functions: Callable[[], QuantizedOperand[torch.Tensor]]) -> Written:
         def run() -> tuple[torch.Tensor, ...]:
             return tuple(x for function in functions for x in _tensors(function(), "8 bits"))
 
         outputs = run()
         return outputs, lambda: [_bytes(o).copy_(_bytes(x)) for o, x in zip(outputs, run(), strict=True)]
 
-    def rows(self, A: torch.Tensor) -> Any:
+    def rows(self, A: torch.Tensor) -> Written:
         return self._calls(lambda: emulation.quantize_rows(A, self._format))
 
-    def tokens(self, A: torch.Tensor) -> Any:
+    def tokens(self, A: torch.Tensor) -> Written:
         return self._calls(lambda: emulation.quantize_tokens(A, self._offs, self._format))
 
-    def rows_and_tokens(self, A: torch.Tensor) -> Any:
+    def rows_and_tokens(self, A: torch.Tensor) -> Written:
         return self._calls(
             lambda: emulation.quantize_rows(A, self._format),
             lambda: emulation.quantize_tokens(A, self._offs, self._format),
         )
 
-    def weights(self, B: torch.Tensor, axis: str) -> Any:
+    def weights(self, B: torch.Tensor, axis: str) -> Written:
         return self._calls(lambda: emulation.quantize_weights(B, axis, self._format))
 
 

@@ -119,7 +119,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
         found["capability"] = [properties.major, properties.minor]
-        found["smi"] = nvidia_smi(str(getattr(properties, "uuid", "")))
+        found["smi"] = nvidia_smi(str(getattr(properties, "uuid", "")).removeprefix("GPU-"))
     return found
 
 

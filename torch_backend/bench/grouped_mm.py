@@ -3,7 +3,8 @@
 Random bf16 data and uneven groups. A [M, K], weights stored [G, N, K] as models store them.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,14 +26,6 @@ GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(A [M, K], weights [G, N, K], offs int32 [G]) → [M, N]."""
 _EQUAL_DB = 50.0
 """Two GEMMs on the same quantized operands agree to this at least: the kernel tier."""
-
-
-def cases(
-    options: Options, shape: Shape, device: torch.device, capability: tuple[int, int] | None, backend: str
-) -> Iterator[Case]:
-    """Both tables' cases of one shape; take one at a time, its operands go with it."""
-    yield forward_case(options, shape, device, capability)
-    yield forward_backward_case(options, shape, device, capability, backend)
 
 
 def operands(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -65,25 +58,26 @@ def forward_case(options: Options, shape: Shape, device: torch.device, capabilit
 
     systems = [system(BF16, lambda: torch._grouped_mm(A, B.mT, offs), "bf16", least_db("bf16"))]
     for recipe in (r for r in options.recipes if r in BASE_RECIPES):
-        config = config_from_recipe(recipe)
-        gemm = stages.prepared_gemm(config, A, B.mT, offs)
+        format = config_from_recipe(recipe).format
+        gemm = functools.cache(functools.partial(stages.prepared_gemm, config_from_recipe(recipe), A, B.mT, offs))
 
-        def ours(gemm: stages.PreparedGemm = gemm) -> Tensor:
-            gemm.launch()
-            return gemm.out
+        def ours(gemm: Callable[[], stages.PreparedGemm] = gemm) -> Tensor:
+            gemm().launch()
+            return gemm().out
 
-        systems.append(system(f"xmoe {recipe}", ours, recipe, least_db(config.format)))
+        systems.append(system(f"xmoe {recipe}", ours, recipe, least_db(format)))
         if recipe == "fp8_rowwise" and "torch" in options.peers:
 
-            def torchs(gemm: stages.PreparedGemm = gemm) -> Tensor:
+            def torchs(gemm: Callable[[], stages.PreparedGemm] = gemm) -> Tensor:
+                a, a_scale, b, b_scale = gemm().operands
+                assert a_scale is not None, "fp8_rowwise has scales"
+                assert b_scale is not None, "fp8_rowwise has scales"
                 return torch._scaled_grouped_mm(
-                    gemm.a, gemm.b.mT, gemm.a_scale, gemm.b_scale, offs, out_dtype=torch.bfloat16, use_fast_accum=True
+                    a, b.mT, a_scale, b_scale, offs, out_dtype=torch.bfloat16, use_fast_accum=True
                 )
 
-            systems.append(
-                system("torch._scaled_grouped_mm", torchs, recipe, least_db(config.format), twin=ours)
-            )  # fmt: skip
-    return Case(table=FORWARD, shape=shape.name, dims=_dims(shape), tokens=shape.M, systems=systems)
+            systems.append(system("torch._scaled_grouped_mm", torchs, recipe, least_db(format), twin=ours))
+    return Case(table=FORWARD, shape=shape.name, dims=dims(shape), tokens=shape.M, systems=systems)
 
 
 def forward_backward_case(
@@ -128,7 +122,7 @@ def forward_backward_case(
     missing = {}
     if "torchao" in options.peers:
         if why := peers.obstacle([end - start for start, end in zip([0, *ends], ends, strict=False)]):
-            missing[TORCHAO] = f"cannot run: {why}"
+            missing[TORCHAO] = why
         else:
             torchao = peers.grouped_mm()
             functions[TORCHAO] = (lambda A, B, offs: torchao(A, B.mT, offs)), "fp8_rowwise", "fp8_rowwise"
@@ -150,9 +144,10 @@ def forward_backward_case(
                 )
             )
     return Case(
-        table=BOTH, shape=shape.name, dims=_dims(shape), tokens=shape.M, systems=systems, missing=missing, clean=clean
+        table=BOTH, shape=shape.name, dims=dims(shape), tokens=shape.M, systems=systems, missing=missing, clean=clean
     )
 
 
-def _dims(shape: Shape) -> dict[str, int]:
+def dims(shape: Shape) -> dict[str, int]:
+    """The shape's sizes by their letters."""
     return {"M": shape.M, "N": shape.N, "K": shape.K, "G": shape.G}

@@ -3,7 +3,7 @@
 D = model width, H = hidden width of an expert, E = experts; weights in bf16, shared by all systems of a case.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,6 @@ from xmoe.torch_backend.quantize import quantize_
 EXPERTS = "SwiGLU experts, forward and backward"
 LAYER = "MoE layer, forward and backward"
 WEIGHT_STD = 0.02
-
-
-def cases(
-    options: Options, shape: LayerShape, device: torch.device, capability: tuple[int, int] | None, backend: str
-) -> Iterator[Case]:
-    """Both tables' cases of one shape; take one at a time, its operands go with it."""
-    yield experts_case(options, shape, device, capability, backend)
-    yield layer_case(options, shape, device, capability, backend)
 
 
 def experts_case(
@@ -62,7 +54,7 @@ def layer_case(
 
     def sizes(model: nn.Module) -> list[int]:
         with torch.no_grad():
-            return model.router(x)[2].tolist()
+            return model.get_submodule("router")(x)[2].tolist()
 
     dims = {"T": shape.tokens, "D": shape.dim, "H": shape.hidden, "E": shape.experts, "k": shape.top_k}
     return _case(
@@ -106,7 +98,7 @@ def _case(
     missing = {}
     if "torchao" in options.peers:
         if why := peers.obstacle(sizes(base)):
-            missing[TORCHAO] = f"cannot run: {why}"
+            missing[TORCHAO] = why
         else:
             model = model_with(lambda model: peers.convert(model, lambda module, _: isinstance(module, GroupedExperts)))
             models[TORCHAO] = model, "fp8_rowwise", "fp8_rowwise"

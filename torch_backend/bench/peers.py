@@ -10,8 +10,12 @@ TORCHAO_MULTIPLE = 16
 
 
 def obstacle(sizes: Sequence[int]) -> str:
-    """Why torchao cannot run groups of these sizes; "" where it can. On others its kernels may fault, which would end
-    every measurement that follows in the process."""
+    """Why torchao cannot be imported, or cannot run groups of these sizes; "" where it can. On others its kernels may
+    fault, which would end every measurement that follows in the process."""
+    try:
+        grouped_mm()
+    except Exception as error:  # an installation that does not fit this torch
+        return f"{type(error).__name__}: {str(error)[:160]}"
     odd = next((size for size in sizes if size % TORCHAO_MULTIPLE), None)
     return "" if odd is None else f"a group has {odd} tokens; torchao takes multiples of {TORCHAO_MULTIPLE}"
 
@@ -21,9 +25,9 @@ def grouped_mm() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     Raises ImportError.
     """
-    from torchao.prototype.moe_training import _to_fp8_rowwise_then_scaled_grouped_mm as scaled_grouped_mm
+    from torchao.prototype.moe_training import _to_fp8_rowwise_then_scaled_grouped_mm as fp8  # type: ignore (optional)
 
-    return lambda A, B_t, offs: scaled_grouped_mm(A, B_t, offs, pad_token_groups_for_grouped_mm=False)
+    return lambda A, B_t, offs: fp8(A, B_t, offs, pad_token_groups_for_grouped_mm=False)
 
 
 def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> None:
@@ -31,8 +35,8 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> No
 
     Raises ImportError.
     """
-    from torchao.prototype.moe_training.config import Float8TrainingOpConfig, Float8TrainingRecipe
-    from torchao.quantization import quantize_
+    from torchao.prototype.moe_training.config import Float8TrainingOpConfig, Float8TrainingRecipe  # type: ignore (optional)
+    from torchao.quantization import quantize_  # type: ignore (optional)
 
     config: Any = Float8TrainingOpConfig.from_recipe(Float8TrainingRecipe.FP8_ROWWISE)
     quantize_(model, config, filter_fn=filter_fn)

@@ -2,15 +2,17 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from xmoe.bench.events import Emit
-from xmoe.bench.harness import Case, Memory, Timer, measure
+from xmoe.bench.harness import Case, Memory, Timer, run_cases
 from xmoe.bench.options import Options
 from xmoe.bench.results import Row
+from xmoe.config import config_from_recipe
 from xmoe.shapes import LayerShape
 from xmoe.torch_backend.bench import grouped_mm, layer, quantize
 from xmoe.torch_backend.bench.gpu import CudaMemory, CudaTimer, ceilings, facts
@@ -54,22 +56,25 @@ def measure_all(
     found = facts(device)
     emit("facts", facts=found, ceiling=ceiling)
     capability = tuple(found["capability"]) if found["capability"] else None
-    rows = []
     with _compiling(options.compile):
-        for case in cases(options, device, capability, backend):
-            rows += measure(case, options.rounds, timer, memory, emit)
-    return rows
+        return run_cases(makers(options, device, capability, backend), options.rounds, timer, memory, emit)
 
 
-def cases(options: Options, device: torch.device, capability: tuple[int, int] | None, backend: str) -> Iterator[Case]:
-    """All cases, one at a time: the operands of one are freed before the next are made."""
+def makers(
+    options: Options, device: torch.device, capability: tuple[int, int] | None, backend: str
+) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """All cases of ``options``, by the name of what they measure, to be made one at a time."""
     for shape in options.shapes:
         if isinstance(shape, LayerShape):
-            yield from layer.cases(options, shape, device, capability, backend)
+            for make in (layer.experts_case, layer.layer_case):
+                yield shape.name, partial(make, options, shape, device, capability, backend)
         elif options.command == "quantize":
-            yield from quantize.cases(options, shape, device)
+            for format in dict.fromkeys(config_from_recipe(recipe).format for recipe in options.recipes):
+                if format != "bf16":
+                    yield f"{format} at {shape.name}", partial(quantize.case, format, shape, device)
         else:
-            yield from grouped_mm.cases(options, shape, device, capability, backend)
+            yield shape.name, partial(grouped_mm.forward_case, options, shape, device, capability)
+            yield shape.name, partial(grouped_mm.forward_backward_case, options, shape, device, capability, backend)
 
 
 @contextlib.contextmanager

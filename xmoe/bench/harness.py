@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,9 +64,29 @@ class Case:
     """What saved bytes are counted per."""
     systems: Sequence[System]
     missing: dict[str, str] = field(default_factory=dict)
-    """Systems that could not even be made: their names, and why."""
+    """Systems that cannot be tried here: their names, and why."""
     clean: Callable[[], None] = lambda: None
     """Drops the gradients that a step has left."""
+
+
+def run_cases(
+    makers: Iterable[tuple[str, Callable[[], Case]]], rounds: int, timer: Timer, memory: Memory, emit: Emit
+) -> list[Row]:
+    """`measure` every case; each is made when its turn comes and freed after it.
+
+    ``makers``: names, for the note about a case that cannot be made, and what makes the case.
+    """
+    rows = []
+    for name, make in makers:
+        try:
+            case = make()
+        except Exception as error:  # operands that do not fit, a recipe that the device does not have
+            emit("note", text=f"{name} cannot be measured: {_first_line(error)}")
+        else:
+            rows += measure(case, rounds, timer, memory, emit)
+            del case
+        _free(memory)
+    return rows
 
 
 def measure(case: Case, rounds: int, timer: Timer, memory: Memory, emit: Emit) -> list[Row]:
@@ -80,22 +100,29 @@ def measure(case: Case, rounds: int, timer: Timer, memory: Memory, emit: Emit) -
         for s in case.systems
     ]
     for name, why in case.missing.items():
-        emit_row(emit, Row(table=case.table, shape=case.shape, dims=case.dims, system=name, note=why))
-    total = len(rows) * (rounds + 1)
+        row = Row(table=case.table, shape=case.shape, dims=case.dims, system=name)
+        row.fail(f"cannot run: {why}")
+        emit_row(emit, row)
+    done, total = 0, len(rows) * (rounds + 1)
 
-    def attempt(i: int, done: int, what: str, part: Callable[[System, Row], None]) -> None:
-        system, row = case.systems[i], rows[i]
+    def attempt(i: int, what: str, part: Callable[[System, Row], None]) -> bool:
+        """Whether system i got through ``part``."""
+        nonlocal done
+        system, row, fault = case.systems[i], rows[i], ""
         emit("progress", text=f"{case.shape}: {what}, {row.name}", done=done, total=total)
         try:
             part(system, row)
         except WrongResult as error:
-            row.fail(f"wrong: {error}")
+            fault = f"wrong: {error}"
         except Exception as error:  # whatever a system raises, the others go on
-            row.fail(f"cannot run: {_first_line(error)}")
+            fault = f"cannot run: {_first_line(error)}"
         case.clean()
-        if row.note.startswith("cannot run"):
+        if fault:
+            row.fail(fault)
             _free(memory)
+        done += 1
         emit_row(emit, row)
+        return not fault
 
     def check(system: System, row: Row) -> None:
         exactness = system.check()
@@ -106,17 +133,16 @@ def measure(case: Case, rounds: int, timer: Timer, memory: Memory, emit: Emit) -
         case.clean()
         row.saved_bytes_per_token = _saved(system, memory, case.tokens)
 
-    for i in range(len(rows)):
-        attempt(i, i, "checking", check)
-    good = [i for i, row in enumerate(rows) if not row.note.startswith(("wrong", "cannot run"))]
+    right = [i for i in range(len(rows)) if attempt(i, "checking", check)]
     for turn in range(rounds):
-        first = turn % max(len(good), 1)
-        for place, i in enumerate(good[first:] + good[:first]):
-            if rows[i].note.startswith("cannot run"):
-                continue
-            done = len(rows) + turn * len(good) + place
-            attempt(i, done, f"round {turn + 1} of {rounds}", lambda system, row: row.add_round(timer(system.step)))
-    _free(memory)
+        first = turn % max(len(right), 1)
+        what = f"round {turn + 1} of {rounds}"
+        right = [
+            i
+            for i in right[first:] + right[:first]
+            if attempt(i, what, lambda system, row: row.add_round(timer(system.step)))
+        ]
+        right.sort()
     return rows
 
 

@@ -78,7 +78,7 @@ def number(value: float | None, digits: int | None = None) -> str | None:
         return None
     if digits is not None:
         return f"{value:.{digits}f}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def cells(results: Results, rows: Sequence[Row], among: Sequence[Row] | None = None) -> tuple[list[str], list[Any]]:
@@ -166,8 +166,7 @@ def readme_section(results: Results, source: str) -> str:
         lines.append(line)
     text = (
         "Forward and backward of one grouped GEMM, medians in ms, all systems in one process, in brackets the speed "
-        f"over bf16 ([all shapes and systems]({Path(source).with_suffix('.md').as_posix()}), recorded by "
-        f"`xmoe bench {results.name}`)."
+        f"over bf16 ([the whole run]({Path(source).with_suffix('.md').as_posix()}))."
     )
     if forward := _forward_sentence(Table(results, tables.get(FORWARD, []))):
         text += f" {forward}"

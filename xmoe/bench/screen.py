@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from xmoe.bench import report
@@ -14,9 +13,7 @@ class Screen(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *details: object) -> None: ...
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -46,7 +43,7 @@ class PlainScreen:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *details: object) -> None:
         self._print_shape()
 
     def say(self, text: str) -> None:
@@ -96,7 +93,7 @@ class LiveScreen:
         self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *details: object) -> None:
         self._live.stop()
 
     def say(self, text: str) -> None:
