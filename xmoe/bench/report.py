@@ -78,7 +78,7 @@ def number(value: float | None, digits: int | None = None) -> str | None:
         return None
     if digits is not None:
         return f"{value:.{digits}f}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def cells(results: Results, rows: Sequence[Row], among: Sequence[Row] | None = None) -> tuple[list[str], list[Any]]:
