@@ -32,12 +32,16 @@ FORBIDDEN = {
 THIRD_PARTY = {
     "xmoe": {"numpy", "ml_dtypes", *TORCH, *JAX},
     "xmoe/train": {"numpy", "rich", "matplotlib", "safetensors"},
+    "xmoe/bench": {"numpy", "rich", "matplotlib"},
     "xmoe.kernels": TORCH,
     "xmoe.torch_backend": {"torch", "numpy"},
+    "torch_backend/bench": {"torch", "torchao"},
     "xmoe.jax_frontend": {"jax", "flax", "optax", "numpy", *TORCH},
+    "jax_frontend/bench.py": {"jax", "tokamax", "absl"},
 }
-# Those that `import xmoe.train.run` must do without, as --help does, until their extra has been looked for.
-TRAIN_DEFERRED = {"rich", "matplotlib", "safetensors"}
+# Those that are imported inside functions only: `import xmoe.train.run` must do without, as --help does, until their
+# extra has been looked for, and a benchmark without the peers that are not installed.
+OPTIONAL = {"rich", "matplotlib", "safetensors", "torchao", "tokamax", "absl"}
 # The exceptions, and only inside functions.
 DEFERRED = {"jax_frontend/bridge.py": {*TORCH, "xmoe.kernels"}}
 # What the core may name inside functions. Importing it stays free of torch and jax (test_import_is_light).
@@ -104,16 +108,21 @@ def violations(room: str, relative: str, source: str, module: str, is_package: b
 
 
 def strangers(folder: str, relative: str, source: str, module: str) -> list[str]:
-    """The third-party imports of one file that its folder (a room, or "xmoe/train") does not list."""
+    """The third-party imports of one file that its place (`place`) does not list."""
     found = []
     for line, target, deferred in imports(ast.parse(source), module, False):
         package = target.split(".")[0]
         if package in sys.stdlib_module_names or package == "xmoe":
             continue
-        early = package in TRAIN_DEFERRED and not deferred and relative != "xmoe/train/screen.py"
+        early = package in OPTIONAL and not deferred and relative != "xmoe/train/screen.py"
         if package not in THIRD_PARTY[folder] or early:
             found.append(f"{relative}:{line} imports {target}")
     return found
+
+
+def place(room: str, relative: str) -> str:
+    """The narrowest of THIRD_PARTY's keys that holds a file: the file, its folder, or its room."""
+    return next(key for key in (relative, relative.rpartition("/")[0], room) if key in THIRD_PARTY)
 
 
 def relative(path: Path) -> str:
@@ -132,8 +141,8 @@ def test_import_arrows(room: str, path: Path) -> None:
 
 @pytest.mark.parametrize(("room", "path"), [pytest.param(room, path, id=relative(path)) for room, path in sources()])
 def test_third_party_imports(room: str, path: Path) -> None:
-    folder = "xmoe/train" if path.parent.name == "train" else room
-    assert strangers(folder, relative(path), path.read_text(), module_name(room, path)) == []
+    listed = place(room, relative(path))
+    assert strangers(listed, relative(path), path.read_text(), module_name(room, path)) == []
 
 
 @pytest.mark.parametrize(
@@ -145,9 +154,15 @@ def test_third_party_imports(room: str, path: Path) -> None:
         ("xmoe/train", "xmoe/train/a.py", "def f():\n    import matplotlib.figure", False),
         ("xmoe/train", "xmoe/train/screen.py", "import rich", False),
         ("xmoe/train", "xmoe/train/a.py", "def f():\n    import torch", True),
+        ("xmoe/bench", "xmoe/bench/a.py", "import rich", True),
+        ("xmoe/bench", "xmoe/bench/a.py", "def f():\n    import rich", False),
         ("xmoe.kernels", "kernels/a.py", "import numpy", True),
         ("xmoe.torch_backend", "torch_backend/a.py", "import einops", True),
+        ("torch_backend/bench", "torch_backend/bench/a.py", "import torchao", True),
+        ("torch_backend/bench", "torch_backend/bench/a.py", "def f():\n    import torchao", False),
+        ("xmoe.torch_backend", "torch_backend/a.py", "def f():\n    import torchao", True),
         ("xmoe.jax_frontend", "jax_frontend/a.py", "import optax", False),
+        ("jax_frontend/bench.py", "jax_frontend/bench.py", "import tokamax", True),
     ],
 )
 def test_the_check_of_third_parties(folder: str, file: str, source: str, caught: bool) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``xmoe train`` and ``xmoe doctor``. Nothing slow is imported before it is needed."""
+"""The command line: ``xmoe train``, ``bench`` and ``doctor``. Nothing slow is imported before it is needed."""
 
 import argparse
 import os
@@ -25,6 +25,22 @@ examples:
   xmoe train --recipe bf16,mxfp8_rceil --data corpus.txt --steps 1000 --out runs/corpus
   xmoe train --out runs/corpus --resume
 """
+_BENCH = """\
+Measure an NVIDIA GPU: grouped GEMMs, quantizers or whole layers, xmoe's recipes beside torch and whatever else is
+installed. Every result is compared with bf16's first, and a wrong one is not timed. Systems take turns, round by round.
+A table, DATE-NAME.json and DATE-NAME.md (written after every row) and a chart are left in --out.
+"""
+_BENCH_EXAMPLES = """\
+examples:
+  xmoe bench grouped-mm --shapes llama4,deepseek-v3
+  xmoe bench layer --shapes llama4 --recipes fp8_rowwise --peers torchao --compile
+  xmoe bench report benchmarks/results/2026-11-21-grouped_mm.json --readme README.md
+"""
+_BENCH_COMMANDS = {
+    "grouped-mm": "one grouped GEMM: the bare forward, and forward and backward",
+    "quantize": "the quantizers, beside a device copy",
+    "layer": "SwiGLU experts and the whole MoE layer, forward and backward",
+}
 # Options that set a field of TrainConfig each: (option, field, type, help).
 _FIELDS = (
     ("--steps", "steps", int, "optimiser steps"),
@@ -102,10 +118,75 @@ def _parser() -> argparse.ArgumentParser:
     for option, field, kind, text in _FIELDS:
         train.add_argument(option, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
 
+    _add_bench(commands)
+
     doctor = commands.add_parser("doctor", help="what this machine runs each recipe with, and what would be faster")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine's GPU, xmoe beside other systems",
+        description=_BENCH,
+        epilog=_BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whats = bench.add_subparsers(required=True, metavar="WHAT")
+    shapes = "names of shapes or the start of several (llama4, deepseek-v3, qwen3), all, or TOML files with [[shape]]s"
+    out = "where the files go (default: benchmarks/results where that is a folder, else runs/bench)"
+    for name, text in _BENCH_COMMANDS.items():
+        what = whats.add_parser(name, help=text, description=f"Measure {text}.")
+        what.add_argument("--shapes", metavar="NAME[,NAME...]", help=shapes)
+        what.add_argument("--recipes", metavar="NAME[,NAME...]", help="default: one of each format")
+        what.add_argument("--out", metavar="DIR", type=_path, help=out)
+        what.add_argument("--rounds", metavar="N", type=int, default=5, help="timings of each system (default: 5)")
+        if name != "quantize":
+            peers = "torch, torchao" + (", jax, tokamax" if name == "grouped-mm" else "")
+            what.add_argument("--peers", metavar="NAME[,NAME...]", help=f"of {peers} (default: those installed)")
+            what.add_argument("--compile", action="store_true", help="also with torch.compile")
+        what.set_defaults(command=_bench, what=name, peers=None, compile=False)
+    report = whats.add_parser(
+        "report", help="print a recorded run as Markdown", description="Print a recorded run as Markdown."
+    )
+    report.add_argument("result", metavar="RESULT.json", type=_path, help="a file that a run has left")
+    readme = "also put the speed section of a grouped-mm run between the two markers of FILE (README.md)"
+    report.add_argument("--readme", metavar="FILE", type=_path, nargs="?", const=Path("README.md"), help=readme)
+    report.set_defaults(command=_bench_report)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from xmoe.bench import run
+    from xmoe.bench.options import make_options
+    from xmoe.train.files import UserError
+
+    checkout = Path("benchmarks/results")
+    out = options.out or (checkout if checkout.is_dir() else Path("runs/bench"))
+    try:
+        asked = make_options(
+            options.what, shapes=options.shapes, recipes=options.recipes, peers=options.peers,
+            compile=options.compile, rounds=options.rounds,
+        )  # fmt: skip
+        run.run(asked, out)
+    except (UserError, run.WorkerFailed) as error:
+        print(f"xmoe: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bench_report(options: argparse.Namespace) -> int:
+    from xmoe.bench.run import write_report
+    from xmoe.train.files import UserError
+
+    try:
+        text = write_report(options.result, options.readme)
+    except UserError as error:
+        print(f"xmoe: error: {error}", file=sys.stderr)
+        return 1
+    print(text, end="")
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -25,6 +25,27 @@ class Shape(NamedTuple):
         return 2 * self.M * self.N * self.K
 
 
+class LayerShape(NamedTuple):
+    """One SwiGLU MoE layer: ``tokens`` of width ``dim`` go to ``top_k`` each of ``experts`` of width ``hidden``."""
+
+    name: str
+    tokens: int
+    dim: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that the experts multiply: one for each token and expert it goes to."""
+        return self.tokens * self.top_k
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the experts' three GEMMs (w1, w3, w2), forward."""
+        return 3 * 2 * self.rows * self.dim * self.hidden
+
+
 LLAMA4 = tuple(Shape(f"llama4_g{G}", 128000, 8192, 5120, G) for G in (1, 2, 4, 8, 16))
 DEEPSEEK_V3 = tuple(Shape(f"deepseek_v3_g{G}", 128000, 2048, 7168, G) for G in (1, 4, 8, 32))
 QWEN3_30B_A3B = (Shape("qwen3_30b_a3b", 131072, 768, 2048, 128),)
@@ -42,6 +63,16 @@ SMALL: tuple[Shape, ...] = (
     Shape("no_tokens", 0, 32, 32, 2),
 )
 """For the CPU: every way that a size can miss a tile or an MX block, in well under a second each."""
+
+LAYERS: dict[str, LayerShape] = {
+    layer.name: layer
+    for layer in (
+        LayerShape("llama4_scout", 131072, 5120, 8192, 8, 1),
+        LayerShape("deepseek_v3", 16384, 7168, 2048, 8, 8),
+        LayerShape("qwen3_30b_a3b", 16384, 2048, 768, 128, 8),
+    )
+}
+"""MoE layers of published models, by name, 131072 rows each; the first two with the 8 experts that one GPU holds."""
 
 ALL: dict[str, Shape] = {shape.name: shape for shape in (*MODELS, *SMALL)}
 """By name, for command lines."""

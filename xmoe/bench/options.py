@@ -1,0 +1,158 @@
+"""What ``xmoe bench`` was asked to measure: shapes, recipes and peers, checked before anything slow starts."""
+
+import dataclasses
+import importlib.util
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xmoe.config import RECIPES, config_from_recipe
+from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.shapes import LAYERS, MODELS, LayerShape, Shape
+from xmoe.train.files import UserError
+
+COMMANDS = ("grouped-mm", "quantize", "layer")
+PEERS = {
+    "torch": "pip install torch",
+    "torchao": "pip install torchao",
+    "jax": 'pip install "xmoe[jax,cuda]"',
+    "tokamax": "pip install tokamax",
+}
+"""Other systems, with what installs each."""
+JAX_PEERS = ("jax", "tokamax")
+"""Those that run in the JAX worker, beside xmoe's own JAX frontend."""
+PEERS_OF = {"grouped-mm": tuple(PEERS), "layer": ("torch", "torchao"), "quantize": ()}
+DEFAULT_SHAPES = {"grouped-mm": "llama4_g8,deepseek_v3_g8", "quantize": "llama4_g8,deepseek_v3_g8", "layer": "all"}
+BASE_RECIPES = tuple(recipe for recipe in RECIPES if recipe == config_from_recipe(recipe).format)
+"""One recipe for each format: the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A benchmark run. ``shapes`` are `Shape` or, for "layer", `LayerShape`."""
+
+    command: str
+    shapes: tuple[Shape | LayerShape, ...]
+    recipes: tuple[str, ...]
+    peers: tuple[str, ...] = ()
+    compile: bool = False
+    rounds: int = 5
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them."""
+        return {**dataclasses.asdict(self), "shapes": [shape._asdict() for shape in self.shapes]}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Options":
+        kind = shape_class(fields["command"])
+        shapes = tuple(kind(**shape) for shape in fields["shapes"])
+        lists = {name: tuple(fields[name]) for name in ("recipes", "peers")}
+        return cls(**{**fields, **lists, "shapes": shapes})
+
+
+def shape_class(command: str) -> type[Shape] | type[LayerShape]:
+    """What a shape of ``command`` is."""
+    return LayerShape if command == "layer" else Shape
+
+
+def make_options(
+    command: str,
+    *,
+    shapes: str | None = None,
+    recipes: str | None = None,
+    peers: str | None = None,
+    compile: bool = False,
+    rounds: int = 5,
+) -> Options:
+    """Options from the command line's strings, lists separated by commas. None: the default, for peers those installed.
+
+    Raises UserError naming the option, its value and the fix.
+    """
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds}: give 1 or more")
+    names = BASE_RECIPES if recipes is None else tuple(_names(recipes))
+    if unknown := [name for name in names if name not in RECIPES]:
+        raise UserError(f"--recipes: {unknown[0]!r} is not known; use {', '.join(RECIPES)}")
+    found = find_shapes(command, DEFAULT_SHAPES[command] if shapes is None else shapes)
+    return Options(command, found, tuple(dict.fromkeys(names)), find_peers(command, peers), compile, rounds)
+
+
+def find_peers(command: str, text: str | None) -> tuple[str, ...]:
+    """The peers named, or those of ``command`` that are installed. Raises UserError where one is not."""
+    known = PEERS_OF[command]
+    if text is None:
+        return tuple(peer for peer in known if _is_installed(peer))
+    names = tuple(dict.fromkeys(_names(text)))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--peers: {name!r} is not a peer of {command}; use {', '.join(known)}")
+        if not _is_installed(name):
+            raise UserError(f"--peers: {name} is not installed; run: {PEERS[name]}")
+    return names
+
+
+def find_shapes(command: str, text: str) -> tuple[Shape | LayerShape, ...]:
+    """Shapes by name, by the prefix of several ("llama4"), "all", or from TOML files; - and _ are one.
+
+    Raises UserError for a name or a file that gives none.
+    """
+    table: dict[str, Any] = {shape.name: shape for shape in (LAYERS.values() if command == "layer" else MODELS)}
+    found: list[Shape | LayerShape] = []
+    for name in _names(text):
+        if name.endswith(".toml"):
+            found += load_shapes(command, Path(name))
+            continue
+        key = name.replace("-", "_").lower()
+        exact = [table[key]] if key in table else []
+        matches = exact or [shape for other, shape in table.items() if key and other.startswith(key)]
+        if name == "all":
+            matches = list(table.values())
+        if not matches:
+            raise UserError(f"--shapes: {name!r} is not known; use a name or the start of one: {', '.join(table)}")
+        found += matches
+    return tuple({shape.name: shape for shape in found}.values())
+
+
+def load_shapes(command: str, path: Path) -> list[Shape | LayerShape]:
+    """The ``[[shape]]`` tables of a file: name, M, N, K, G, or for "layer" name, tokens, dim, hidden, experts, top_k.
+
+    Raises UserError naming the file and what is wrong in it.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--shapes: {path}: {error.strerror}; give a readable TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--shapes: {path} is not valid TOML: {error}") from error
+    tables = document.get("shape")
+    kind = shape_class(command)
+    if not isinstance(tables, list) or not tables:
+        raise UserError(f"--shapes: {path} has no [[shape]] table; add some, with {', '.join(kind._fields)}")
+    return [_shape(kind, table, path) for table in tables]
+
+
+def _shape(kind: type[Shape] | type[LayerShape], table: Any, path: Path) -> Shape | LayerShape:
+    name, *sizes = kind._fields
+    if not isinstance(table, dict) or set(table) != set(kind._fields):
+        raise UserError(f"--shapes: {path}: the keys of a [[shape]] are {', '.join(kind._fields)}; found {table!r}")
+    if not isinstance(table[name], str) or not table[name]:
+        raise UserError(f"--shapes: {path}: name={table[name]!r}; give a string")
+    features = ("N", "K", "dim", "hidden")
+    for size in sizes:
+        least = FEATURE_MULTIPLE if size in features else 1
+        if type(table[size]) is not int or table[size] < least or table[size] % least:
+            what = f"a multiple of {least}" if least > 1 else "an integer of 1 or more"
+            raise UserError(f"--shapes: {path}: {size}={table[size]!r} of {table[name]!r}; give {what}")
+    if kind is LayerShape and table["top_k"] > table["experts"]:
+        raise UserError(f"--shapes: {path}: top_k={table['top_k']} of {table[name]!r}; give at most experts")
+    return kind(**table)
+
+
+def _names(text: str | Sequence[str]) -> list[str]:
+    return [name.strip() for name in (text.split(",") if isinstance(text, str) else text)]
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
