@@ -3,7 +3,7 @@
 M tokens, K contraction of the forward, N output features, G groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,8 @@ def _problem(A: torch.Tensor, B: torch.Tensor) -> tuple[pipeline.Problem, Device
 def quantizers(config: GroupedMMConfig, A: torch.Tensor, B: torch.Tensor, offs: torch.Tensor) -> list[Stage]:
     """The quantizers that a forward and backward of ``config`` (not bf16) runs on A and B.
 
-    Where this GPU dequantizes to bf16 on the way to the tensor cores, those that do so ("... as bf16") come after
-    those that write the 8-bit operand.
+    Where this GPU dequantizes to bf16 on the way to the tensor cores, what it runs ("... as bf16", "tokens, straight")
+    comes after those that write the 8-bit operand of a GPU that does not.
 
     Args:
         A: bf16 [M, K].
@@ -94,24 +94,22 @@ class _KernelCalls:
             pipeline._Call(problem, config, device, offs, tensors) for tensors in (self._forward, self._backward)
         ]
 
-    @staticmethod
-    def _pick(tensors: dict[str, torch.Tensor], *names: str) -> tuple[torch.Tensor, ...]:
-        return tuple(tensors[key] for name in names for key in (name, f"{name}_scale") if key in tensors)
-
     def rows(self, A: torch.Tensor) -> Written:
-        return self._pick(self._forward, "a"), lambda: self._calls[0].rows("a", A)
+        return _written(lambda: [self._calls[0].rows("a", A)])
 
     def tokens(self, A: torch.Tensor) -> Written:
-        return self._pick(self._forward, "a_tokens"), lambda: self._calls[0].tokens("a_tokens", A, self._forward)
+        return _written(lambda: [self._calls[0].tokens("a_tokens", A, self._forward)])
 
     def rows_and_tokens(self, A: torch.Tensor) -> Written:
-        outputs = self._pick(self._forward, "a", "a_tokens")
-        return outputs, lambda: self._calls[0].rows_and_tokens("a", A, self._forward)
+        return _written(lambda: self._calls[0].rows_and_tokens("a", A, self._forward))
 
     def weights(self, B: torch.Tensor, axis: str) -> Written:
-        if axis == "K":
-            return self._pick(self._forward, "b"), lambda: self._calls[0].weights(B.mT)
-        return self._pick(self._backward, "b"), lambda: self._calls[1].weights(B)
+        return _written(lambda: [self._calls[0].weights(B.mT) if axis == "K" else self._calls[1].weights(B)])
+
+
+def _written(launch: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]) -> Written:
+    """The tensors of the operands that ``launch`` returns, the same at every launch, and the launch."""
+    return tuple(x for operand in launch() for x in operand if x is not None), launch
 
 
 class _EmulatedCalls:
@@ -157,14 +155,19 @@ def _stages(
         return _tensors(emulation.quantize_rows(A, fmt), kind)
 
     def tokens() -> tuple[torch.Tensor, ...]:  # saved for the backward: 8 bits on every device
-        return _tensors(emulation.quantize_tokens(A, offs, fmt), "8 bits")
+        data, scale = _tensors(emulation.quantize_tokens(A, offs, fmt), "8 bits")
+        if not suffix:
+            return data, scale
+        layout = emulation.token_layout(emulation.group_ends(offs, A.shape[0]))
+        columns = torch.cat([torch.arange(column, column + end - start) for start, end, column in layout])
+        return _bytes(data).mT[columns.to(data.device)].view(data.dtype), scale.mT.contiguous()
 
+    straight = ", straight" if suffix else ""
     stages = [Stage(f"rows{suffix}", A, *calls.rows(A), rows)]
     if not pipeline.saves_input(config):
-        if not suffix:
-            stages.append(Stage("tokens", A, *calls.tokens(A), tokens))
+        stages.append(Stage(f"tokens{straight}", A, *calls.tokens(A), tokens))
         both = calls.rows_and_tokens(A)
-        stages.append(Stage(f"rows{suffix} and tokens", A, *both, lambda: (*rows(), *tokens())))
+        stages.append(Stage(f"rows{suffix} and tokens{straight}", A, *both, lambda: (*rows(), *tokens())))
     for axis in ("K", "N"):
         stages.append(
             Stage(

@@ -41,7 +41,8 @@ def test_quantizers(format: str) -> None:
     found = {stage.name: stage for stage in stages.quantizers(config_from_recipe(format), A, B.mT, offs)}
     names = {"rows", "tokens", "rows and tokens", "weights K", "weights N"}
     if format.startswith("mxfp8"):
-        names |= {"rows as bf16", "rows as bf16 and tokens", "weights K as bf16", "weights N as bf16"}
+        names |= {"rows as bf16", "tokens, straight", "rows as bf16 and tokens, straight"}
+        names |= {"weights K as bf16", "weights N as bf16"}
     assert set(found) == names
     for stage in found.values():
         assert check_bytes(stage).note == "equal bytes"
