@@ -44,13 +44,13 @@ dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
 
 
-@given(formats, kinds, dtypes, seeds, st.integers(0, 40), st.integers(1, 100))
+@given(formats, kinds, dtypes, seeds, st.integers(0, 40), st.integers(1, 300))
 def test_quantize_rows(fmt: str, kind: str, dtype: torch.dtype, seed: int, R: int, C: int) -> None:
     x = values(kind, (R, C), seed).to(dtype)
     assert same_operand(emulation.quantize_rows(x, fmt), oracle.quantize_rows(arrays(x), fmt))
 
 
-@given(formats, kinds, dtypes, seeds, st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.booleans())
+@given(formats, kinds, dtypes, seeds, st.integers(1, 3), st.integers(1, 150), st.integers(1, 40), st.booleans())
 def test_quantize_weights(
     fmt: str, kind: str, dtype: torch.dtype, seed: int, G: int, K: int, N: int, transposed: bool
 ) -> None:
@@ -185,7 +185,7 @@ def test_poison_stays_where_it_is(fmt: str, poison: float) -> None:
 
 def test_errors() -> None:
     x, offs = torch.zeros(4, 16), torch.tensor([4], dtype=torch.int32)
-    with pytest.raises(ValueError, match="fmt is 'fp4'; give"):
+    with pytest.raises(ValueError, match="fmt is 'fp4'; give one of fp8_rowwise, fp8_blockwise"):
         emulation.quantize_rows(x, "fp4")
     with pytest.raises(ValueError, match=r"x has shape \(1, 4, 16\); give a tensor with 2 dimensions"):
         emulation.quantize_rows(x[None], "fp8_rowwise")
