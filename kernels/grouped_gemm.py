@@ -6,8 +6,9 @@ bf16 operands are read as they lie, because bf16 wgmma takes either order.
     out[M, P]    = a[M, C] @ b[g, P, C]^T                      (g: the group that owns the row)
     out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T
 
-SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "mx" (E8M0 per 32, inside the
-MMA: `tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
+SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "blockwise" (float32 for 128 of
+the contraction, applied to each step's product; of weights for 128 rows too), "mx" (E8M0 per 32, inside the MMA:
+`tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
 """
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xmoe.kernels.tuning import GemmTiles
-from xmoe.operands import TOKEN_TILE
+from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 
 @triton.jit
@@ -76,7 +77,14 @@ def _grouped_mm(
                 b = b_desc.load([group, first_p, c]).reshape(BLOCK_P, BLOCK_C)
             else:
                 b = b_desc.load([group, c, first_p]).reshape(BLOCK_C, BLOCK_P).T
-            if SCALING == "mx":
+            if SCALING == "blockwise":
+                blocks = tl.cdiv(C, BLOCK_C)
+                block = c // BLOCK_C
+                a_scale = tl.load(a_scale_ptr + m.to(tl.int64) * blocks + block, m < end_m, 0.0)
+                b_line = group.to(tl.int64) * tl.cdiv(P, BLOCK_C) + first_p // BLOCK_C
+                b_scale = tl.load(b_scale_ptr + b_line * blocks + block)  # one for all of a tile's columns
+                acc += tl.dot(a, b.T) * (a_scale * b_scale)[:, None]
+            elif SCALING == "mx":
                 a_scale = _mx_scales(a_scale_ptr, m, m < M, c, C, BLOCK_C)
                 b_scale = _mx_scales(b_scale_ptr, group.to(tl.int64) * P + p, p < P, c, C, BLOCK_C)
                 acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
@@ -131,7 +139,12 @@ def _grouped_mm_tokens(
             for m in range(start, end, BLOCK_M):
                 a = a_desc.load([first_p, m])
                 b = b_desc.load([first_q, m])
-                if SCALING == "mx":
+                if SCALING == "blockwise":
+                    blocks = M // BLOCK_M
+                    a_scale = tl.load(a_scale_ptr + p.to(tl.int64) * blocks + m // BLOCK_M, p < P, 0.0)
+                    b_scale = tl.load(b_scale_ptr + q.to(tl.int64) * blocks + m // BLOCK_M, q < Q, 0.0)
+                    acc += tl.dot(a, b.T) * a_scale[:, None] * b_scale[None, :]
+                elif SCALING == "mx":
                     a_scale = _mx_scales(a_scale_ptr, p, p < P, m, M, BLOCK_M)
                     b_scale = _mx_scales(b_scale_ptr, q, q < Q, m, M, BLOCK_M)
                     acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
@@ -153,9 +166,12 @@ def _grouped_mm_tokens(
         _store_tile(out_ptr, acc, group.to(tl.int64) * P + p, p < P, q, Q)
 
 
-def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None):
+def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, blockwise: bool, depth: int):
     if a_scale is None or b_scale is None:
         return "none", None, None
+    if blockwise:
+        assert depth == FP8_BLOCK, f"a depth of {depth}: a step of the contraction is one block, {FP8_BLOCK}"
+        return "blockwise", a_scale, b_scale
     if a_scale.dtype == torch.float32:
         return "rowwise", a_scale, b_scale
     return "mx", a_scale.view(torch.uint8), b_scale.view(torch.uint8)
@@ -172,23 +188,26 @@ def grouped_mm(
     tuned: GemmTiles,
     programs: int,
     precise: bool = False,
+    blockwise: bool = False,
 ) -> None:
     """out[M, P] = a[M, C] @ b[g, P, C]^T for the group g of each row; rows of no group become zero.
 
     Args:
         a: e4m3 or bf16 [M, C], contiguous.
         b: e4m3 [G, P, C] contiguous, or bf16 [G, P, C] with axis 1 or 2 contiguous.
-        a_scale, b_scale: float32 [M], [G, P]; or E8M0 [M, ceil(C/32)], [G, P, ceil(C/32)]; or None for bf16.
+        a_scale, b_scale: float32 [M], [G, P]; or, `blockwise`, [M, ceil(C/128)], [G, ceil(P/128), ceil(C/128)]; or E8M0
+            [M, ceil(C/32)], [G, P, ceil(C/32)]; or None for bf16.
         tiles, groups: the map of `tuned.rows`-token tiles (`tiles.map_tiles`).
         out: bf16 or fp32 [M, P], contiguous, written whole.
         programs: persistent programs, the number of multiprocessors.
-        precise: add partial products in float32 outside the tensor core.
+        precise: add partial products in float32 outside the tensor core; `blockwise` does so anyway.
     """
     (M, C), (G, P, _) = a.shape, b.shape
     if M == 0:
         return
     assert a.is_contiguous(), f"strides {a.stride()}: a is contiguous"
-    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
+    assert not blockwise or FP8_BLOCK % tuned.cols == 0, f"{tuned.cols} columns a tile: all in one block of {FP8_BLOCK}"
+    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale, blockwise, tuned.depth)
     contraction_last = b.stride(2) == 1
     if contraction_last:
         b_desc = TensorDescriptor(b, [G, P, C], [*b.stride()], [1, tuned.cols, tuned.depth])
@@ -197,7 +216,7 @@ def grouped_mm(
     _grouped_mm[(programs,)](
         TensorDescriptor(a, [M, C], [C, 1], [tuned.rows, tuned.depth]), b_desc, out,
         a_scale, b_scale, tiles, groups, M, P, C, G,
-        SCALING=scaling, PRECISE=precise, B_CONTRACTION_LAST=contraction_last,
+        SCALING=scaling, PRECISE=precise and not blockwise, B_CONTRACTION_LAST=contraction_last,
         BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip
@@ -214,13 +233,15 @@ def grouped_mm_tokens(
     programs: int,
     transposed: bool,
     precise: bool = False,
+    blockwise: bool = False,
 ) -> None:
     """out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T; a group without tokens gives zeros.
 
     Args:
         a, b: with `transposed`, e4m3 or bf16 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`);
             without, bf16 [M, P] and [M, Q], as they lie. Contiguous.
-        a_scale, b_scale: float32 [G, P], [G, Q]; or E8M0 [P, Mp/32], [Q, Mp/32]; or None for bf16.
+        a_scale, b_scale: float32 [G, P], [G, Q]; or, `blockwise`, [P, Mp/128], [Q, Mp/128]; or E8M0 [P, Mp/32],
+            [Q, Mp/32]; or None for bf16.
         groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens where `transposed`.
         out: bf16 or fp32 [G, P, Q], contiguous, written whole.
     """
@@ -234,7 +255,7 @@ def grouped_mm_tokens(
     )
     for x in (a, b):
         assert x.is_contiguous(), f"strides {x.stride()}: wgrad operands are contiguous"
-    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
+    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale, blockwise, tuned.depth)
     if transposed:
         a_desc = TensorDescriptor(a, [P, M], [M, 1], [tuned.rows, tuned.depth])
         b_desc = TensorDescriptor(b, [Q, M], [M, 1], [tuned.cols, tuned.depth])
@@ -244,7 +265,7 @@ def grouped_mm_tokens(
     _grouped_mm_tokens[(programs,)](
         a_desc, b_desc, out, a, b,
         a_scale, b_scale, groups, M, P, Q, G,
-        SCALING=scaling, PRECISE=precise, TRANSPOSED=transposed, TOKEN_TILE=TOKEN_TILE,
+        SCALING=scaling, PRECISE=precise and not blockwise, TRANSPOSED=transposed, TOKEN_TILE=TOKEN_TILE,
         BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip

@@ -4,8 +4,11 @@ R, C = rows and columns of a 2D input; G = groups. "Rows" quantizes along the la
 quantizes along the rows of each group and writes transposed, because fp8 tensor cores read the contraction
 contiguously. A group is a run of tokens (ragged, padded to TOKEN_TILE) or one expert's matrix (all of R rows).
 
-Scales: `fp8_rowwise` float32, one a row (column); `mxfp8_*` E8M0, one for 32 elements. Given a bf16 output, an MX
-quantizer writes data * scale instead of bytes and scales: what a GPU without block-scaled MMA multiplies.
+Scales: `fp8_rowwise` float32, one a row (column); `fp8_blockwise` float32, one for 128 elements (of a weight: for
+128 x 128); `mxfp8_*` E8M0, one for 32 elements. Given a bf16 output, an MX quantizer writes data * scale instead of
+bytes and scales: what a GPU without block-scaled MMA multiplies.
+
+SCALING: "rowwise", "blockwise" or "mx", as in the GEMMs.
 
 Bytes are stored as int8: a kernel that stores fp8 both straight and transposed is miscompiled by ptxas <= 12.9.
 """
@@ -17,19 +20,21 @@ import triton.language as tl
 from xmoe.kernels.e4m3 import (
     decode,
     encode,
+    fp8_inverse,
+    fp8_scale,
     magnitude,
     mx_byte,
     mx_inverse,
     mx_scale,
-    rowwise_inverse,
-    rowwise_scale,
 )
-from xmoe.operands import MX_BLOCK, TOKEN_TILE
+from xmoe.operands import FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE
 
 LONGEST_ROW = 16384
 """Rows up to this long stay in registers between the maximum and the cast (elements)."""
-ROWS_MX_BLOCK = 1024
-"""Columns of a program over 4096 elements: 0.51 ms at [128000, 5120] on an H200, 0.72 with 32 x 128."""
+ROW_BLOCKS = 1024
+"""Columns of a program over 4096 elements: MX 0.51 ms at [128000, 5120] on an H200, 0.72 with 32 x 128."""
+SQUARE_WARPS = 8
+"""Of a program over 128 x 128 weights."""
 
 
 @triton.jit(do_not_specialize=["R", "P", "G"])
@@ -96,8 +101,8 @@ def _rows_fp8_run(
         if AMAX:
             largest = seen
         for i in tl.static_range(len(PIECES)):
-            tl.store(out_row + columns[i], encode(values[i] * rowwise_inverse(amax), HARDWARE), columns[i] < C)
-        tl.store(scale_ptr + row, rowwise_scale(amax))
+            tl.store(out_row + columns[i], encode(values[i] * fp8_inverse(amax), HARDWARE), columns[i] < C)
+        tl.store(scale_ptr + row, fp8_scale(amax))
     if AMAX:
         for i in tl.static_range(len(PIECES)):
             tl.atomic_max(amax_ptr + group.to(tl.int64) * C + columns[i], largest[i], columns[i] < C, sem="relaxed")
@@ -122,35 +127,64 @@ def _long_rows_fp8(
     for first in range(0, C, BLOCK_C):
         c = first + column
         x = tl.load(x_row + c.to(tl.int64) * stride_xc, c < C, 0.0).to(tl.float32)
-        tl.store(data_ptr + row * C + c, encode(x * rowwise_inverse(amax), HARDWARE), c < C)
-    tl.store(scale_ptr + row, rowwise_scale(amax))
+        tl.store(data_ptr + row * C + c, encode(x * fp8_inverse(amax), HARDWARE), c < C)
+    tl.store(scale_ptr + row, fp8_scale(amax))
 
 
 @triton.jit(do_not_specialize=["R", "P"])
-def _rows_mx(
+def _rows_blocks(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, scale_ptr,
     R, P, C,
-    RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
+    SCALING: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = BLOCK_C // 32
+    """Several scales a row: one for 32 ("mx") or 128 ("blockwise") elements."""
+    SIZE: tl.constexpr = 32 if SCALING == "mx" else 128
+    blocks: tl.constexpr = BLOCK_C // SIZE
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     first = tl.program_id(1) * BLOCK_C
     col = first + tl.arange(0, BLOCK_C)[None, :]
     mask = (row < R) & (col < C)
     x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
     x = tl.load(x_rows + col.to(tl.int64) * stride_xc, mask, 0.0).to(tl.float32)
-    x = tl.reshape(x, (BLOCK_R, blocks, 32))
-    byte = mx_byte(tl.max(magnitude(x), 2), RCEIL)
-    data = encode(x * mx_inverse(byte)[:, :, None], HARDWARE)
+    x = tl.reshape(x, (BLOCK_R, blocks, SIZE))
+    amax = tl.max(magnitude(x), 2)
+    if SCALING == "mx":
+        byte = mx_byte(amax, RCEIL)
+        inverse = mx_inverse(byte)
+        scale = byte.to(tl.uint8)
+    else:
+        inverse = fp8_inverse(amax)
+        scale = fp8_scale(amax)
+    data = encode(x * inverse[:, :, None], HARDWARE)
     if DEQUANTIZE:
         data = (decode(data, HARDWARE) * mx_scale(byte)[:, :, None]).to(tl.bfloat16)
     tl.store(data_ptr + row * C + col, tl.reshape(data, (BLOCK_R, BLOCK_C)), mask)
     if not DEQUANTIZE:
-        block = first // 32 + tl.arange(0, blocks)[None, :]
-        scale = scale_ptr + row * tl.cdiv(C, 32) + block
-        tl.store(scale, byte.to(tl.uint8), (row < R) & (block * 32 < C))
+        block = first // SIZE + tl.arange(0, blocks)[None, :]
+        tl.store(scale_ptr + row * tl.cdiv(C, SIZE) + block, scale, (row < R) & (block * SIZE < C))
+
+
+@triton.jit
+def _square_blocks(
+    x_ptr, stride_xg, stride_xp, stride_xc,
+    data_ptr, scale_ptr,
+    P, C,
+    BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """One block of BLOCK x BLOCK of a weight [G, P, C] a program: one scale."""
+    index = tl.program_id(0)
+    c_blocks = tl.cdiv(C, BLOCK)
+    per_group = tl.cdiv(P, BLOCK) * c_blocks
+    group = (index // per_group).to(tl.int64)
+    p = (index % per_group // c_blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    c = (index % c_blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+    mask = (p < P) & (c < C)
+    x = tl.load(x_ptr + group * stride_xg + p * stride_xp + c * stride_xc, mask, 0.0).to(tl.float32)
+    amax = tl.max(tl.max(magnitude(x), 1), 0)
+    tl.store(data_ptr + (group * P + p) * C + c, encode(x * fp8_inverse(amax), HARDWARE), mask)
+    tl.store(scale_ptr + index, fp8_scale(amax))
 
 
 @triton.jit
@@ -187,9 +221,9 @@ def _columns_amax(
 
 
 @triton.jit(do_not_specialize=["GC"])
-def _columns_fp8_scale(amax_ptr, scale_ptr, GC, BLOCK: tl.constexpr):
+def _columns_scale(amax_ptr, scale_ptr, GC, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(scale_ptr + index, rowwise_scale(tl.load(amax_ptr + index, index < GC, 0)), index < GC)
+    tl.store(scale_ptr + index, fp8_scale(tl.load(amax_ptr + index, index < GC, 0)), index < GC)
 
 
 @triton.jit(do_not_specialize=["G", "stride_st", "stride_sc"])
@@ -199,14 +233,15 @@ def _columns(
     scale_ptr, stride_st, stride_sc,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    RAGGED: tl.constexpr, MX: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
+    SCALING: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_R rows and BLOCK_C columns, read once, written transposed, in words of 4 bytes or 2 bf16: the
     rows of a word are loaded apart, so that what goes through shared memory is words.
 
     A ragged tile t goes to columns t * BLOCK_R of data; a dense one to its own rows of its group. Ragged data is
-    written whole (padding and unused tiles are zero)."""
+    written whole (padding and unused tiles are zero). "blockwise" scales: one for each column of a ragged tile, one
+    for all of a dense tile."""
     PACK: tl.constexpr = 2 if DEQUANTIZE else 4
     WORDS: tl.constexpr = BLOCK_R // PACK
     BLOCKS: tl.constexpr = BLOCK_R // 32
@@ -224,12 +259,18 @@ def _columns(
         values += (x,)
         amax = tl.maximum(amax, magnitude(x))
 
-    if MX:
+    if SCALING == "mx":
         byte = mx_byte(tl.max(tl.reshape(amax, (BLOCKS, 32 // PACK, BLOCK_C)), 1), RCEIL)
         inverse = _repeat(mx_inverse(byte), 32 // PACK)
         scale = _repeat(mx_scale(byte), 32 // PACK)
     else:
-        inverse = rowwise_inverse(tl.load(amax_ptr + group * C + col, col < C, 0))[None, :]
+        if SCALING == "rowwise":
+            largest = tl.load(amax_ptr + group * C + col, col < C, 0)
+        else:
+            largest = tl.max(amax, 0)
+            if not RAGGED:
+                largest = tl.zeros_like(largest) + tl.max(largest, 0)
+        inverse = fp8_inverse(largest)[None, :]
 
     words = tl.zeros((WORDS, BLOCK_C), tl.int32)
     for i in tl.static_range(PACK):
@@ -249,7 +290,13 @@ def _columns(
         inside = (col < C)[:, None] & (first + word * PACK < R)[None, :]
     tl.store(data_ptr + col[:, None] * stride_dc + out_first // PACK + word[None, :], tl.trans(words), inside)
 
-    if MX and not DEQUANTIZE:
+    if SCALING == "blockwise":
+        if RAGGED:
+            tl.store(scale_ptr + col * stride_sc + tile, fp8_scale(largest), col < C)
+        else:
+            out = scale_ptr + group * stride_st + tl.program_id(1) * stride_sc + first // BLOCK_R
+            tl.store(out, fp8_scale(tl.max(largest, 0)))
+    if SCALING == "mx" and not DEQUANTIZE:
         block = tl.arange(0, BLOCKS)
         if RAGGED:  # a tile's four bytes are one word
             four = tl.sum(byte << (8 * block)[:, None], 0)
@@ -284,9 +331,15 @@ def _dequantize(
 HARDWARE = isinstance(_rows_fp8, triton.JITFunction)
 """False under Triton's CPU interpreter."""
 
+_SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
+
 
 def _stores(data: torch.Tensor) -> torch.Tensor:
     return data if data.dtype == torch.bfloat16 else data.view(torch.int8)
+
+
+def _scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
+    return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -312,9 +365,10 @@ def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch
     """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C.
 
     Args:
-        format: "fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor".
+        format: one of `xmoe.operands.FORMATS`.
         data: e4m3, written, contiguous in the shape of x; or, for an MX format, bf16 that receives data * scale.
-        scale: float32 [R] or [G, P], or E8M0 with a last axis of ceil(C/32), written; None with bf16 `data`.
+        scale: float32 [R] or [G, P] ("fp8_rowwise"), float32 with a further axis of ceil(C/128) ("fp8_blockwise"), or
+            E8M0 with one of ceil(C/32), written; None with bf16 `data`.
         programs: the number of multiprocessors.
     """
     G, P, C = x.shape if x.ndim == 3 else (1, *x.shape)
@@ -325,11 +379,11 @@ def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch
     if format == "fp8_rowwise":
         _launch_rows_fp8(x, strides, data, scale, None, None, R, P, C, programs)
         return
-    block_c = min(ROWS_MX_BLOCK, max(MX_BLOCK, 1 << (C - 1).bit_length()))
+    block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
-    _rows_mx[(_cdiv(R, block_r), _cdiv(C, block_c))](
-        x, *strides, _stores(data), None if scale is None else scale.view(torch.uint8), R, P, C,
-        RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+    _rows_blocks[(_cdiv(R, block_r), _cdiv(C, block_c))](
+        x, *strides, _stores(data), _scale_bits(scale), R, P, C,
+        SCALING=_SCALING[format], RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=HARDWARE,
     )  # fmt: skip
 
@@ -354,10 +408,10 @@ def _launch_columns(
 ):
     """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
-    mx, dequantize = format != "fp8_rowwise", data.dtype == torch.bfloat16
+    dequantize = data.dtype == torch.bfloat16
     maps = (tiles, groups, G, 0 if ragged else R, C)
     strides = (0 if ragged else x.stride(0), x.stride(1), x.stride(2))
-    if not mx:
+    if format == "fp8_rowwise":
         assert amax.shape == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
         if not amax_is_known:
             amax.zero_()
@@ -365,23 +419,25 @@ def _launch_columns(
                 _columns_amax[(num_tiles, _cdiv(C, 64))](
                     x, *strides, amax, *maps, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64
                 )
-        _columns_fp8_scale[(_cdiv(G * C, 1024),)](amax, scale, G * C, BLOCK=1024)
+        _columns_scale[(_cdiv(G * C, 1024),)](amax, scale, G * C, BLOCK=1024)
     if num_tiles:
         pack = 2 if dequantize else 4
-        block_c, warps = column_blocks(mx, x.element_size())
+        block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
         _columns[(num_tiles, _cdiv(C, block_c))](
             x, *strides, data.view(torch.int32), *(s // pack for s in data_strides),
-            scale.view(torch.uint8) if mx and scale is not None else None, *scale_strides,
+            None if format == "fp8_rowwise" else _scale_bits(scale), *scale_strides,
             amax, *maps,
-            RAGGED=ragged, MX=mx, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=dequantize,
+            SCALING=_SCALING[format], RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=dequantize,
             BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=HARDWARE, num_warps=warps,
         )  # fmt: skip
 
 
-def column_blocks(mx: bool, element_size: int) -> tuple[int, int]:
-    """(columns, warps) of a transposing program. At [128000, 5120] on an H200: fp8 0.48 ms with 128 columns and 0.51
-    with 64, MX 1.13 and 0.67."""
-    return (64, 4) if mx or element_size > 2 else (128, 4)
+def column_blocks(scaling: str, ragged: bool, element_size: int) -> tuple[int, int]:
+    """(columns, warps) of a transposing program. At [128000, 5120] on an H200: fp8_rowwise 0.48 ms with 128 columns and
+    0.51 with 64, MX 1.13 and 0.67. A block of 128 x 128 weights is one program's."""
+    if scaling == "blockwise" and not ragged:
+        return FP8_BLOCK, 4 if element_size == 2 else 8
+    return (64, 4) if scaling == "mx" or element_size > 2 else (128, 4)
 
 
 def quantize_tokens(
@@ -398,9 +454,10 @@ def quantize_tokens(
     """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, transposed and padded.
 
     Args:
-        format: "fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor".
+        format: one of `xmoe.operands.FORMATS`.
         data: e4m3 [C, Mp], written whole; or, for an MX format, bf16 [C, Mp] that receives data * scale.
-        scale: float32 [G, C], or E8M0 [C, Mp/32], written whole; None with bf16 `data`.
+        scale: float32 [G, C] ("fp8_rowwise") or [C, Mp/128] ("fp8_blockwise"), or E8M0 [C, Mp/32], written whole;
+            None with bf16 `data`.
         amax: int32 [G, C] scratch, for "fp8_rowwise".
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
         amax_is_known: `amax` holds the bits of each column's largest magnitude (`quantize_rows_and_tokens`).
@@ -408,7 +465,8 @@ def quantize_tokens(
     (M, C), Mp = x.shape, data.shape[1]
     _launch_columns(
         x.unsqueeze(0), groups.shape[0] - 1, M, C, format,
-        data, (0, Mp), scale, (0, Mp // MX_BLOCK), amax, tiles, groups, Mp // TOKEN_TILE, amax_is_known,
+        data, (0, Mp), scale, (0, Mp // SCALE_BLOCKS.get(format, TOKEN_TILE)), amax, tiles, groups, Mp // TOKEN_TILE,
+        amax_is_known,
     )  # fmt: skip
 
 
@@ -446,17 +504,34 @@ def quantize_weights(
 
     Args:
         data: e4m3 [G, P, C], written; or, for an MX format, bf16 that receives data * scale.
-        scale: float32 [G, P], or E8M0 [G, P, ceil(C/32)], written; None with bf16 `data`.
+        scale: float32 [G, P] ("fp8_rowwise") or [G, ceil(P/128), ceil(C/128)] ("fp8_blockwise"), or E8M0
+            [G, P, ceil(C/32)], written; None with bf16 `data`.
         amax: int32 [G, P] scratch, for "fp8_rowwise".
         programs: the number of multiprocessors.
     """
     G, P, C = b.shape
+    blockwise = format == "fp8_blockwise"
     if b.stride(2) == 1:
-        quantize_rows(b, format, data, scale, programs)
+        if not blockwise:
+            quantize_rows(b, format, data, scale, programs)
+            return
+        _square_blocks[(G * _cdiv(P, FP8_BLOCK) * _cdiv(C, FP8_BLOCK),)](
+            b,
+            *b.stride(),
+            data.view(torch.int8),
+            scale,
+            P,
+            C,
+            BLOCK=FP8_BLOCK,
+            HARDWARE=HARDWARE,
+            num_warps=SQUARE_WARPS,
+        )
         return
+    blocks = _cdiv(C, SCALE_BLOCKS.get(format, C))
+    lines = _cdiv(P, FP8_BLOCK) if blockwise else P  # of scales
     _launch_columns(
         b.mT, G, C, P, format,
-        data, (P * C, C), scale, (P * _cdiv(C, MX_BLOCK), _cdiv(C, MX_BLOCK)),
+        data, (P * C, C), scale, (lines * blocks, blocks),
         amax, None, None, G * _cdiv(C, TOKEN_TILE),
     )  # fmt: skip
 

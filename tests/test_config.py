@@ -194,7 +194,11 @@ def test_other_dtypes_are_refused(dtype):
         (MXFP8GroupedMMConfig, {"granularity": "rowwise"}, "granularity: not a field of MXFP8"),
         (FP8GroupedMMConfig, {"wgrad_with_hp": "true"}, "wgrad_with_hp='true' is not a boolean"),
         (FP8GroupedMMConfig, {"debug": 1}, "debug=1 is not a boolean"),
-        (FP8GroupedMMConfig, {"recipe": "fp8_rowwise"}, "recipe: not a field of FP8GroupedMMConfig; .*debug, granularity$"),
+        (
+            FP8GroupedMMConfig,
+            {"recipe": "fp8_rowwise"},
+            "recipe: not a field of FP8GroupedMMConfig; .*debug, granularity$",
+        ),
         (FP8GroupedMMConfig, {"scale_calculation_mode": "rceil"}, "scale_calculation_mode: not a field of FP8"),
         (FP8GroupedMMConfig, {"_key": ""}, "_key: not a field"),
         (BF16GroupedMMConfig, {"wgrad_with_hp": True}, "wgrad_with_hp=True means nothing to BF16GroupedMMConfig"),

@@ -14,6 +14,7 @@ from tests.kernels.backends import INTERPRETER_WORKS, arrays
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.kernels import pipeline, quantize
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
+from xmoe.operands import padded_tokens
 from xmoe.shapes import PATTERNS, offsets
 
 KERNEL_TIER_DB = 50
@@ -100,7 +101,7 @@ def test_recipes(recipe, pattern):
 @pytest.mark.parametrize("stored", ["GKN", "GNK"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("accumulation", ["fast", "precise"])
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"])
 def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
     config = dataclasses.replace(config_from_recipe(recipe), accumulation=accumulation)
     Run(config, "uneven", dtype=dtype, stored=stored).check()
@@ -108,16 +109,17 @@ def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
 
 @pytest.mark.skipif(quantize.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
 @pytest.mark.parametrize(("pattern", "stored"), [("short", "GKN"), ("empty", "GNK")])
-def test_in_the_interpreter(pattern, stored, monkeypatch):
-    """The whole pipeline without a GPU, in the one recipe whose arithmetic the interpreter has right (backends.py)."""
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise"])
+def test_in_the_interpreter(recipe, pattern, stored, monkeypatch):
+    """The whole pipeline without a GPU, in the recipes whose arithmetic the interpreter has right (backends.py)."""
     monkeypatch.setattr(pipeline, "_programs", lambda index: 3)
-    run = Run(config_from_recipe("fp8_rowwise"), pattern, dtype=torch.float32, stored=stored,
+    run = Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored,
               device=Device("cuda", (9, 0)), M=150, K=48, N=32, where="cpu")  # fmt: skip
     run.check()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_floor"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_floor"])
 def test_no_tokens(recipe):
     Run(config_from_recipe(recipe), "uneven", M=0).check()
 
@@ -138,7 +140,7 @@ def test_native_mx(recipe, pattern):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil", "bf16"])
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise", "mxfp8_rceil", "bf16"])
 def test_bad_offsets_stay_inside(recipe):
     run = Run(config_from_recipe(recipe), "uneven")
     run.offs = torch.tensor([90, -4, 2**31 - 1, -(2**31), 20], dtype=torch.int32, device="cuda")
@@ -172,7 +174,7 @@ def test_neither_allocates_nor_waits_and_replays_in_a_graph(recipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise", "mxfp8_rceil"])
 def test_poison_stays_in_its_group(recipe):
     clean, hit = Run(config_from_recipe(recipe), "uneven"), Run(config_from_recipe(recipe), "uneven")
     groups = oracle.token_layout(hit.ends, M)
@@ -197,6 +199,7 @@ def test_unsupported_preferences_say_what_to_do():
         ("torch", "bf16", Device("cuda", (8, 0))),
         ("torch", "mxfp8_rceil", Device("cuda", (9, 0))),
         ("torch", "fp8_rowwise", Device("cuda", (8, 9))),
+        ("torch", "fp8_blockwise", Device("cuda", (9, 0))),
     ):
         config = dataclasses.replace(config_from_recipe(recipe), kernel_preference=preference)
         with pytest.raises(
@@ -219,6 +222,7 @@ def test_unsupported_preferences_say_what_to_do():
 def test_dispatch(capability, fp8, mx):
     device = Device("cuda" if capability else "cpu", capability)
     assert select(config_from_recipe("fp8_rowwise"), device).name == fp8
+    assert select(config_from_recipe("fp8_blockwise"), device).name == fp8.replace("fp8", "blockwise")
     assert select(config_from_recipe("mxfp8_rceil"), device).name == mx
     assert select(config_from_recipe("mxfp8_emulated_rceil"), device).name == "emulated"
     precise = dataclasses.replace(config_from_recipe("mxfp8_rceil"), accumulation="precise")
@@ -236,6 +240,10 @@ def test_spec_of_what_is_saved(recipe):
         for device in (Device("cpu"), Device("cuda", (9, 0)), Device("cuda", (10, 0)))
     ]
     assert specs[0] == specs[1] == specs[2]
+    if config.format == "fp8_blockwise" and not config.wgrad_with_hp:
+        Mp = padded_tokens(M, G)
+        assert specs[0]["a_tokens"] == pipeline.TensorSpec((K, Mp), "float8_e4m3fn")
+        assert specs[0]["a_tokens_scale"] == pipeline.TensorSpec((K, Mp // 128), "float32")
     assert ("a_tokens" in specs[0]) != pipeline.saves_input(config)
     assert "a_tokens" not in pipeline.forward_spec(problem, config, Device("cpu"), save_tokens=False).outputs
 
