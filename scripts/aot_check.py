@@ -92,8 +92,8 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                        | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
-            yield columns_case(f"{dtype},rowwise,ragged={ragged}", x, blockwise | {"SCALING": "rowwise", "scale_ptr": None},
-                               ragged, sm)  # fmt: skip
+            rowwise = blockwise | {"SCALING": "rowwise", "scale_ptr": None}
+            yield columns_case(f"{dtype},rowwise,ragged={ragged}", x, rowwise, ragged, sm)
             yield columns_case(f"{dtype},blockwise,ragged={ragged}", x | {"scale_ptr": f32},
                                blockwise | {"amax_ptr": None}, ragged, sm)  # fmt: skip
     yield Case("columns_scale", quantize._columns_scale, {"amax_ptr": i32, "scale_ptr": f32},
