@@ -113,7 +113,7 @@ def _grouped_mm_tokens(
     M, P, Q, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, TRANSPOSED: tl.constexpr, TOKEN_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    PROGRAMS: tl.constexpr, BAND: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """TRANSPOSED operands are [P, Mp] and [Q, Mp], each group zero-padded to TOKEN_TILE. Others are bf16 [M, P] and
     [M, Q] as they lie: whole tiles of tokens by TMA, the group's last tokens by masked loads."""
@@ -136,7 +136,9 @@ def _grouped_mm_tokens(
         if TRANSPOSED:
             start = tl.load(groups_ptr + group * 4 + 2) * TOKEN_TILE
             end = tl.load(groups_ptr + group * 4 + 6) * TOKEN_TILE  # where the next group starts
-            for m in range(start, end, BLOCK_M):
+            # STAGES set on the loop itself brings block scales through shared memory too; in the layout that the
+            # accumulator wants, each thread would load 34 of them a step.
+            for m in tl.range(start, end, BLOCK_M, num_stages=STAGES):
                 a = a_desc.load([first_p, m])
                 b = b_desc.load([first_q, m])
                 if SCALING == "blockwise":
@@ -267,5 +269,6 @@ def grouped_mm_tokens(
         a_scale, b_scale, groups, M, P, Q, G,
         SCALING=scaling, PRECISE=precise and not blockwise, TRANSPOSED=transposed, TOKEN_TILE=TOKEN_TILE,
         BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
+        STAGES=tuned.stages if blockwise else None,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip

@@ -143,7 +143,8 @@ def gemm_cases(sm: int) -> Iterator[Case]:
                     yield gemm_case("grouped_mm_tokens", grouped_gemm._grouped_mm_tokens, elements, t, sm, out,
                                     precise, a, b,
                                     {"TRANSPOSED": transposed, "TOKEN_TILE": TOKEN_TILE, "BLOCK_P": t.rows,
-                                     "BLOCK_Q": t.cols, "BLOCK_M": t.depth},
+                                     "BLOCK_Q": t.cols, "BLOCK_M": t.depth,
+                                     "STAGES": t.stages if elements == "blockwise" else None},
                                     f"{shape_class},transposed={transposed}")  # fmt: skip
 
 

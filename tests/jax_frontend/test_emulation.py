@@ -124,7 +124,9 @@ def test_poison_stays_in_its_rows_and_groups(fmt: str) -> None:
 def test_dequantize_is_the_oracles(fmt: str) -> None:
     x, offs = values("wide", (200, 48)), np.array([70, 70, 150], np.int32)
     x = np.where(np.abs(x) > 2.0**-100, x, 0).astype(np.float32)  # XLA's CPU backend flushes subnormal results
+    B = np.stack([x, x[::-1]])
     for got, want in (
+        (quantize_weights(B, "K", fmt), oracle.quantize_weights(B, "K", fmt)),
         (quantize_rows(x, fmt), oracle.quantize_rows(x, fmt)),
         (quantize_tokens(x, offs, fmt), oracle.quantize_tokens(x, offs, fmt)),
     ):

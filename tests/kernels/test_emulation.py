@@ -109,11 +109,15 @@ def test_dequantize(fmt: str, kind: str, seed: int) -> None:
     x, offs = values(kind, (40, 48), seed), np.array([3, 3, 35], np.int32)
     got = emulation.dequantize(emulation.quantize_rows(x, fmt))
     tokens = emulation.dequantize(emulation.quantize_tokens(x, torch.from_numpy(offs), fmt), torch.from_numpy(offs))
+    B = values(kind, (2, 144, 16), seed)
+    weights = emulation.dequantize(emulation.quantize_weights(B, "K", fmt))
     with np.errstate(over="ignore"):  # RCEIL next to the largest float32
         expected = oracle.dequantize(oracle.quantize_rows(arrays(x), fmt)).astype(np.float32)
+        expected_weights = oracle.dequantize(oracle.quantize_weights(arrays(B), "K", fmt)).astype(np.float32)
         expected_tokens = oracle.dequantize(oracle.quantize_tokens(arrays(x), offs, fmt), offs).astype(np.float32)
     np.testing.assert_array_equal(got.numpy(), expected)
     np.testing.assert_array_equal(tokens.numpy(), expected_tokens)
+    np.testing.assert_array_equal(weights.numpy(), expected_weights)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
