@@ -358,11 +358,12 @@ def test_poison_stays_where_it_is(recipe: str, poison: float) -> None:
         W[3, 7, 9] = poison  # expert 3, output 7, input 9
     out = scaled_grouped_mm(A, W.mT, offs, config)
     dA, dW = torch.autograd.grad(out, (A, W), torch.randn_like(out))
-    assert (~out.isfinite()).nonzero()[:, 1].unique().tolist() == [7]
+    block = config.format == "fp8_blockwise"  # a weight's is 128 x 128: here all of the expert
+    assert (~out.isfinite()).nonzero()[:, 1].unique().tolist() == (list(range(48)) if block else [7])
     assert (~out.isfinite()).nonzero()[:, 0].min() >= 70
     assert dW.isfinite().all()
     assert (~dA.isfinite()).nonzero()[:, 0].min() >= 70
-    assert (~dA.isfinite()).nonzero()[:, 1].unique().tolist() == [9]
+    assert (~dA.isfinite()).nonzero()[:, 1].unique().tolist() == (list(range(64)) if block else [9])
 
 
 @pytest.mark.parametrize(
