@@ -27,6 +27,7 @@ from xmoe.kernels.e4m3 import (
     mx_inverse,
     mx_scale,
 )
+from xmoe.kernels.quantize_blocks import dequantize_blocks, rows_blocks, square_blocks
 from xmoe.operands import FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE
 
 LONGEST_ROW = 16384
@@ -129,62 +130,6 @@ def _long_rows_fp8(
         x = tl.load(x_row + c.to(tl.int64) * stride_xc, c < C, 0.0).to(tl.float32)
         tl.store(data_ptr + row * C + c, encode(x * fp8_inverse(amax), HARDWARE), c < C)
     tl.store(scale_ptr + row, fp8_scale(amax))
-
-
-@triton.jit(do_not_specialize=["R", "P"])
-def _rows_blocks(
-    x_ptr, stride_xg, stride_xr, stride_xc,
-    data_ptr, scale_ptr,
-    R, P, C,
-    SCALING: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """Several scales a row: one for 32 ("mx") or 128 ("blockwise") elements."""
-    SIZE: tl.constexpr = 32 if SCALING == "mx" else 128
-    blocks: tl.constexpr = BLOCK_C // SIZE
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    first = tl.program_id(1) * BLOCK_C
-    col = first + tl.arange(0, BLOCK_C)[None, :]
-    mask = (row < R) & (col < C)
-    x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
-    x = tl.load(x_rows + col.to(tl.int64) * stride_xc, mask, 0.0).to(tl.float32)
-    x = tl.reshape(x, (BLOCK_R, blocks, SIZE))
-    amax = tl.max(magnitude(x), 2)
-    if SCALING == "mx":
-        byte = mx_byte(amax, RCEIL)
-        inverse = mx_inverse(byte)
-        scale = byte.to(tl.uint8)
-    else:
-        inverse = fp8_inverse(amax)
-        scale = fp8_scale(amax)
-    data = encode(x * inverse[:, :, None], HARDWARE)
-    if DEQUANTIZE:
-        data = (decode(data, HARDWARE) * mx_scale(byte)[:, :, None]).to(tl.bfloat16)
-    tl.store(data_ptr + row * C + col, tl.reshape(data, (BLOCK_R, BLOCK_C)), mask)
-    if not DEQUANTIZE:
-        block = first // SIZE + tl.arange(0, blocks)[None, :]
-        tl.store(scale_ptr + row * tl.cdiv(C, SIZE) + block, scale, (row < R) & (block * SIZE < C))
-
-
-@triton.jit
-def _square_blocks(
-    x_ptr, stride_xg, stride_xp, stride_xc,
-    data_ptr, scale_ptr,
-    P, C,
-    BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """One block of BLOCK x BLOCK of a weight [G, P, C] a program: one scale."""
-    index = tl.program_id(0)
-    c_blocks = tl.cdiv(C, BLOCK)
-    per_group = tl.cdiv(P, BLOCK) * c_blocks
-    group = (index // per_group).to(tl.int64)
-    p = (index % per_group // c_blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
-    c = (index % c_blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
-    mask = (p < P) & (c < C)
-    x = tl.load(x_ptr + group * stride_xg + p * stride_xp + c * stride_xc, mask, 0.0).to(tl.float32)
-    amax = tl.max(tl.max(magnitude(x), 1), 0)
-    tl.store(data_ptr + (group * P + p) * C + c, encode(x * fp8_inverse(amax), HARDWARE), mask)
-    tl.store(scale_ptr + index, fp8_scale(amax))
 
 
 @triton.jit
@@ -313,21 +258,6 @@ def _repeat(x, times: tl.constexpr):
     return tl.reshape(tl.broadcast_to(x[:, None, :], (x.shape[0], times, x.shape[1])), (x.shape[0] * times, x.shape[1]))
 
 
-@triton.jit(do_not_specialize=["R"])
-def _dequantize(
-    data_ptr, scale_ptr, out_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr
-):
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    first = tl.program_id(1) * BLOCK_C
-    col = first + tl.arange(0, BLOCK_C)[None, :]
-    block = first // 32 + tl.arange(0, BLOCK_C // 32)[None, :]
-    mask = (row < R) & (col < C)
-    data = tl.reshape(tl.load(data_ptr + row * C + col, mask, 0), (BLOCK_R, BLOCK_C // 32, 32))
-    byte = tl.load(scale_ptr + row * tl.cdiv(C, 32) + block, (row < R) & (block * 32 < C), 0).to(tl.int32)
-    value = decode(data, HARDWARE) * mx_scale(byte)[:, :, None]
-    tl.store(out_ptr + row * C + col, tl.reshape(value, (BLOCK_R, BLOCK_C)).to(tl.bfloat16), mask)
-
-
 HARDWARE = isinstance(_rows_fp8, triton.JITFunction)
 """False under Triton's CPU interpreter."""
 
@@ -381,7 +311,7 @@ def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch
         return
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
-    _rows_blocks[(_cdiv(R, block_r), _cdiv(C, block_c))](
+    rows_blocks[(_cdiv(R, block_r), _cdiv(C, block_c))](
         x, *strides, _stores(data), _scale_bits(scale), R, P, C,
         SCALING=_SCALING[format], RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=HARDWARE,
@@ -515,7 +445,7 @@ def quantize_weights(
         if not blockwise:
             quantize_rows(b, format, data, scale, programs)
             return
-        _square_blocks[(G * _cdiv(P, FP8_BLOCK) * _cdiv(C, FP8_BLOCK),)](
+        square_blocks[(G * _cdiv(P, FP8_BLOCK) * _cdiv(C, FP8_BLOCK),)](
             b,
             *b.stride(),
             data.view(torch.int8),
@@ -541,6 +471,6 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> No
     R, C = data.shape
     grid = (_cdiv(R, 32), _cdiv(C, 128))
     if R and C:
-        _dequantize[grid](
+        dequantize_blocks[grid](
             data.view(torch.int8), scale.view(torch.uint8), out, R, C, BLOCK_R=32, BLOCK_C=128, HARDWARE=HARDWARE
         )

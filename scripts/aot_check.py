@@ -25,7 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xmoe.kernels import grouped_gemm, quantize, tiles, tuning
+from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, tiles, tuning
 from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -72,7 +72,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
             mx = {"SCALING": "mx", "RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": True}
             data = {"data_ptr": "*bf16" if bf16_out else i8}
             scale = {"scale_ptr": None} if bf16_out else {}
-            yield Case(f"rows_blocks[{dtype},{fmt},bf16_out={bf16_out}]", quantize._rows_blocks,
+            yield Case(f"rows_blocks[{dtype},{fmt},bf16_out={bf16_out}]", quantize_blocks.rows_blocks,
                        x | data | {"scale_ptr": u8},
                        mx | scale | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROW_BLOCKS}, sm,
                        divisible=("stride_xr", "C"))  # fmt: skip
@@ -80,10 +80,11 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                 yield columns_case(f"{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}", x | {"scale_ptr": u8},
                                    mx | scale | {"amax_ptr": None}, ragged, sm)  # fmt: skip
         blockwise = {"SCALING": "blockwise", "RCEIL": False, "DEQUANTIZE": False, "HARDWARE": True}
-        yield Case(f"rows_blocks[{dtype},blockwise]", quantize._rows_blocks, x | {"data_ptr": i8, "scale_ptr": f32},
+        yield Case(f"rows_blocks[{dtype},blockwise]", quantize_blocks.rows_blocks,
+                   x | {"data_ptr": i8, "scale_ptr": f32},
                    blockwise | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROW_BLOCKS}, sm,
                    divisible=("stride_xr", "C"))  # fmt: skip
-        yield Case(f"square_blocks[{dtype}]", quantize._square_blocks, x | {"data_ptr": i8, "scale_ptr": f32},
+        yield Case(f"square_blocks[{dtype}]", quantize_blocks.square_blocks, x | {"data_ptr": i8, "scale_ptr": f32},
                    {"stride_xc": 1, "BLOCK": FP8_BLOCK, "HARDWARE": True}, sm, quantize.SQUARE_WARPS,
                    divisible=("stride_xg", "stride_xp", "P", "C"))  # fmt: skip
         for ragged in (True, False):
@@ -98,7 +99,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                                blockwise | {"amax_ptr": None}, ragged, sm)  # fmt: skip
     yield Case("columns_scale", quantize._columns_scale, {"amax_ptr": i32, "scale_ptr": f32},
                {"BLOCK": 1024}, sm)  # fmt: skip
-    yield Case("dequantize", quantize._dequantize, {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16"},
+    yield Case("dequantize", quantize_blocks.dequantize_blocks, {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16"},
                {"BLOCK_R": 32, "BLOCK_C": 128, "HARDWARE": True}, sm, divisible=("C",))  # fmt: skip
 
 
