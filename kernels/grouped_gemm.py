@@ -9,6 +9,9 @@ bf16 operands are read as they lie, because bf16 wgmma takes either order.
 SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "blockwise" (float32 for 128 of
 the contraction, applied to each step's product; of weights for 128 rows too), "mx" (E8M0 per 32, inside the MMA:
 `tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
+
+STAGES: the loop's own, for "blockwise", else None (the launch's, for the operands alone). It sends the scales ahead
+through shared memory too; else the MMA would wait for them, and each thread of a wgrad would load 34 a step.
 """
 
 import torch
@@ -53,7 +56,7 @@ def _grouped_mm(
     M, P, C, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, B_CONTRACTION_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    PROGRAMS: tl.constexpr, BAND: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     m_tiles = tl.load(groups_ptr + G * 4 + 2)
     p_blocks = tl.cdiv(P, BLOCK_P)
@@ -71,7 +74,7 @@ def _grouped_mm(
         p = first_p + tl.arange(0, BLOCK_P)
 
         acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        for c in range(0, C, BLOCK_C):
+        for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
             a = a_desc.load([first_m, c])
             if B_CONTRACTION_LAST:
                 b = b_desc.load([group, first_p, c]).reshape(BLOCK_P, BLOCK_C)
@@ -81,8 +84,9 @@ def _grouped_mm(
                 blocks = tl.cdiv(C, BLOCK_C)
                 block = c // BLOCK_C
                 a_scale = tl.load(a_scale_ptr + m.to(tl.int64) * blocks + block, m < end_m, 0.0)
+                # One for all columns of a tile, but loaded by the row: a scalar would not be on its way beforehand.
                 b_line = group.to(tl.int64) * tl.cdiv(P, BLOCK_C) + first_p // BLOCK_C
-                b_scale = tl.load(b_scale_ptr + b_line * blocks + block)  # one for all of a tile's columns
+                b_scale = tl.load(b_scale_ptr + b_line * blocks + block + tl.zeros_like(m))
                 acc += tl.dot(a, b.T) * (a_scale * b_scale)[:, None]
             elif SCALING == "mx":
                 a_scale = _mx_scales(a_scale_ptr, m, m < M, c, C, BLOCK_C)
@@ -136,16 +140,16 @@ def _grouped_mm_tokens(
         if TRANSPOSED:
             start = tl.load(groups_ptr + group * 4 + 2) * TOKEN_TILE
             end = tl.load(groups_ptr + group * 4 + 6) * TOKEN_TILE  # where the next group starts
-            # STAGES set on the loop itself brings block scales through shared memory too; in the layout that the
-            # accumulator wants, each thread would load 34 of them a step.
             for m in tl.range(start, end, BLOCK_M, num_stages=STAGES):
                 a = a_desc.load([first_p, m])
                 b = b_desc.load([first_q, m])
                 if SCALING == "blockwise":
                     blocks = M // BLOCK_M
-                    a_scale = tl.load(a_scale_ptr + p.to(tl.int64) * blocks + m // BLOCK_M, p < P, 0.0)
-                    b_scale = tl.load(b_scale_ptr + q.to(tl.int64) * blocks + m // BLOCK_M, q < Q, 0.0)
-                    acc += tl.dot(a, b.T) * a_scale[:, None] * b_scale[None, :]
+                    block = m // BLOCK_M
+                    # triton 3.6 spills with other orders of these sums and products.
+                    a_scale = tl.load((a_scale_ptr + block) + p.to(tl.int64) * blocks, p < P, 0.0)
+                    b_scale = tl.load((b_scale_ptr + block) + q.to(tl.int64) * blocks, q < Q, 0.0)
+                    acc += tl.dot(a, b.T) * (a_scale[:, None] * b_scale[None, :])
                 elif SCALING == "mx":
                     a_scale = _mx_scales(a_scale_ptr, p, p < P, m, M, BLOCK_M)
                     b_scale = _mx_scales(b_scale_ptr, q, q < Q, m, M, BLOCK_M)
@@ -220,6 +224,7 @@ def grouped_mm(
         a_scale, b_scale, tiles, groups, M, P, C, G,
         SCALING=scaling, PRECISE=precise and not blockwise, B_CONTRACTION_LAST=contraction_last,
         BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
+        STAGES=tuned.stages if blockwise else None,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip
 

@@ -144,8 +144,7 @@ def gemm_cases(sm: int) -> Iterator[Case]:
                     yield gemm_case("grouped_mm_tokens", grouped_gemm._grouped_mm_tokens, elements, t, sm, out,
                                     precise, a, b,
                                     {"TRANSPOSED": transposed, "TOKEN_TILE": TOKEN_TILE, "BLOCK_P": t.rows,
-                                     "BLOCK_Q": t.cols, "BLOCK_M": t.depth,
-                                     "STAGES": t.stages if elements == "blockwise" else None},
+                                     "BLOCK_Q": t.cols, "BLOCK_M": t.depth},
                                     f"{shape_class},transposed={transposed}")  # fmt: skip
 
 
@@ -168,7 +167,8 @@ def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, con
         "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "a_scale_ptr": scale_type, "b_scale_ptr": scale_type,
         "tiles_ptr": "*i32", "groups_ptr": "*i32",
     }  # fmt: skip
-    constants = constants | no_scales | {"SCALING": scaling, "PRECISE": precise, "PROGRAMS": 132, "BAND": t.band}
+    constants = constants | no_scales | {"SCALING": scaling, "PRECISE": precise, "PROGRAMS": 132, "BAND": t.band,
+                                         "STAGES": t.stages if scaling == "blockwise" else None}  # fmt: skip
     instruction = INSTRUCTIONS[sm, "fp8" if elements == "blockwise" else elements]
     label = f"{name}[{elements},{out},{label}{',precise' if precise else ''}]"
     return Case(label, kernel, types, constants, sm, t.warps, t.stages, instruction, ("P", "Q", "C"))
