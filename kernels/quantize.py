@@ -17,16 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xmoe.kernels.e4m3 import (
-    decode,
-    encode,
-    fp8_inverse,
-    fp8_scale,
-    magnitude,
-    mx_byte,
-    mx_inverse,
-    mx_scale,
-)
+from xmoe.kernels.e4m3 import decode, encode, fp8_inverse, fp8_scale, magnitude, mx_byte, mx_inverse, mx_scale
 from xmoe.kernels.quantize_blocks import dequantize_blocks, rows_blocks, square_blocks
 from xmoe.operands import FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE
 
@@ -446,16 +437,9 @@ def quantize_weights(
             quantize_rows(b, format, data, scale, programs)
             return
         square_blocks[(G * _cdiv(P, FP8_BLOCK) * _cdiv(C, FP8_BLOCK),)](
-            b,
-            *b.stride(),
-            data.view(torch.int8),
-            scale,
-            P,
-            C,
-            BLOCK=FP8_BLOCK,
-            HARDWARE=HARDWARE,
-            num_warps=SQUARE_WARPS,
-        )
+            b, *b.stride(), data.view(torch.int8), scale, P, C,
+            BLOCK=FP8_BLOCK, HARDWARE=HARDWARE, num_warps=SQUARE_WARPS,
+        )  # fmt: skip
         return
     blocks = _cdiv(C, SCALE_BLOCKS.get(format, C))
     lines = _cdiv(P, FP8_BLOCK) if blockwise else P  # of scales
