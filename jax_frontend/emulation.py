@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from xmoe.config import GroupedMMConfig
-from xmoe.operands import MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
+from xmoe.operands import FORMATS, FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand, padded_tokens
 
 Operand = QuantizedOperand[jax.Array]
 
@@ -22,7 +22,7 @@ jax.tree_util.register_dataclass(QuantizedOperand, data_fields=["data", "scale"]
 
 _ABS, _INF, _MANTISSA = 0x7FFFFFFF, 0x7F800000, 0x7FFFFF
 _MIN_AMAX_BITS = 0x2B8CBCCC
-"""The bits of float32(1e-12), the least amax of a row."""
+"""The bits of float32(1e-12), the least amax that gives an FP8 scale."""
 _E4M3_MAX, _E4M3_NAN = 0x7E, 0x7F
 _E8M0_NAN = 0xFF
 
@@ -31,7 +31,7 @@ _E8M0_NAN = 0xFF
 
 
 def quantize_rows(x: jax.Array, fmt: str, *, axis: str = "K") -> Operand:
-    """Quantizes x [R, C] along C: data e4m3 [R, C]; scale float32 [R] or E8M0 [R, ceil(C/32)]."""
+    """Quantizes x [R, C] along C: data e4m3 [R, C]; scale float32 [R] or [R, ceil(C/128)], or E8M0 [R, ceil(C/32)]."""
     _check_input("x", x, 2, fmt)
     return _quantize_along_last(x, fmt, axis)
 
@@ -39,20 +39,21 @@ def quantize_rows(x: jax.Array, fmt: str, *, axis: str = "K") -> Operand:
 def quantize_weights(B: jax.Array, axis: str, fmt: str) -> Operand:
     """Quantizes B [G, K, N] along ``axis``, which becomes the last axis of the data.
 
-    "K" gives e4m3 [G, N, K] with float32 [G, N] or E8M0 [G, N, ceil(K/32)]; "N" gives e4m3 [G, K, N] with
-    float32 [G, K] or E8M0 [G, K, ceil(N/32)].
+    "K" gives e4m3 [G, N, K] with float32 [G, N] or [G, ceil(N/128), ceil(K/128)], or E8M0 [G, N, ceil(K/32)]; "N" gives
+    e4m3 [G, K, N] with float32 [G, K] or [G, ceil(K/128), ceil(N/128)], or E8M0 [G, K, ceil(N/32)].
     """
     _check_input("B", B, 3, fmt)
     if axis not in ("K", "N"):
         raise ValueError(f"axis={axis!r} is not known; use 'K' (forward operand) or 'N' (dgrad operand)")
-    return _quantize_along_last(B.swapaxes(1, 2) if axis == "K" else B, fmt, axis)
+    quantize = _quantize_squares if fmt == "fp8_blockwise" else _quantize_along_last
+    return quantize(B.swapaxes(1, 2) if axis == "K" else B, fmt, axis)
 
 
 def quantize_tokens(x: jax.Array, offs: jax.Array, fmt: str) -> Operand:
     """Quantizes x [M, C] along the tokens of each group: the wgrad operand.
 
-    Data e4m3 [C, Mp] with Mp = ``padded_tokens(M, G)``; scale float32 [G, C] or E8M0 [C, Mp/32]. Each group begins
-    at a multiple of TOKEN_TILE columns; every column without a token is zero.
+    Data e4m3 [C, Mp] with Mp = ``padded_tokens(M, G)``; scale float32 [G, C] or [C, Mp/128], or E8M0 [C, Mp/32].
+    Each group begins at a multiple of TOKEN_TILE columns; every column without a token is zero.
     """
     _check_input("x", x, 2, fmt)
     (M, C), G = x.shape, offs.shape[0]
@@ -65,12 +66,12 @@ def quantize_tokens(x: jax.Array, offs: jax.Array, fmt: str) -> Operand:
         amax = jax.ops.segment_max(tile_amax, tiles.group, num_segments=G, indices_are_sorted=True)
         byte, poisoned = _scale_byte(amax, fmt)
         data = _cast(bits, byte[tiles.group, None], poisoned[tiles.group, None])
-        scale = _rowwise_scale(byte, poisoned)
+        scale = _scale(byte, poisoned, fmt)
     else:
-        bits = bits.reshape(-1, MX_BLOCK, C)
+        bits = bits.reshape(-1, SCALE_BLOCKS[fmt], C)
         byte, poisoned = _scale_byte((bits & _ABS).max(axis=1, keepdims=True), fmt)
         data = _cast(bits, byte, poisoned)
-        scale = _e8m0_scale(byte, poisoned)[:, 0].T
+        scale = _scale(byte, poisoned, fmt)[:, 0].T
     data = jnp.where((rows < M)[..., None], data.reshape(*rows.shape, C), 0)  # the padding of a poisoned block, too
     data = jax.lax.bitcast_convert_type(data.reshape(-1, C).T, jnp.float8_e4m3fn)
     return QuantizedOperand(data, scale, "tokens", fmt)
@@ -82,13 +83,17 @@ def dequantize(operand: Operand, offs: jax.Array | None = None) -> jax.Array:
     A "tokens" operand in ``fp8_rowwise`` has one scale per group: it needs ``offs``, int32 [G].
     """
     data, scale = operand.data.astype(jnp.float32), operand.scale
+    if operand.format == "fp8_blockwise":
+        if data.ndim == 3:  # weights
+            scale = jnp.repeat(scale, FP8_BLOCK, axis=1)[:, : data.shape[1]]
+        return data * jnp.repeat(scale, FP8_BLOCK, axis=-1)[..., : data.shape[-1]]
     if operand.format != "fp8_rowwise":
         # Two normal factors in place of one: 2^-127 is a float32 subnormal.
         exponent = jax.lax.bitcast_convert_type(scale, jnp.uint8).astype(jnp.int32) - 127
         half = exponent >> 1
         factors = (jnp.where(exponent == 128, jnp.nan, _exp2(e)) for e in (half, exponent - half))
         for factor in factors:
-            data = data * jnp.repeat(factor, MX_BLOCK, axis=-1)[..., : data.shape[-1]]
+            data = data * jnp.repeat(factor, SCALE_BLOCKS[operand.format], axis=-1)[..., : data.shape[-1]]
         return data
     if operand.axis != "tokens":
         return data * scale[..., None]
@@ -104,8 +109,9 @@ def dequantize(operand: Operand, offs: jax.Array | None = None) -> jax.Array:
 def grouped_mm(a: Operand, b: Operand, offs: jax.Array, out_dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
     """[M, P] = a_g @ b_g^T for the rows of each group; rows past the last group are zero.
 
-    ``a`` from `quantize_rows` [M, C], ``b`` from `quantize_weights` [G, P, C]. Float32 sums, the epilogue
-    (acc * scale_a) * scale_b, one rounding to ``out_dtype``.
+    ``a`` from `quantize_rows` [M, C], ``b`` from `quantize_weights` [G, P, C]. Float32 sums of the
+    elements (rowwise: then the epilogue (acc * scale_a) * scale_b) or of the dequantized values (block scales), one
+    rounding to ``out_dtype``.
     """
     weights = _elements(b)  # once, not once a tile
 
@@ -210,23 +216,34 @@ def _check_input(name: str, x: jax.Array, ndim: int, fmt: str) -> None:
         raise ValueError(f"{name} has shape {x.shape}; give an array with {ndim} dimensions")
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"{name} is {x.dtype}; give bfloat16, float16 or float32")
-    if fmt not in ("fp8_rowwise", "mxfp8_rceil", "mxfp8_floor"):
-        raise ValueError(f"fmt={fmt!r} is not known; use 'fp8_rowwise', 'mxfp8_rceil' or 'mxfp8_floor'")
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt={fmt!r} is not known; use one of {', '.join(FORMATS)}")
 
 
 def _quantize_along_last(x: jax.Array, fmt: str, axis: str) -> Operand:
     bits = _float32_bits(x)
     if fmt == "fp8_rowwise":
         byte, poisoned = _scale_byte((bits & _ABS).max(axis=-1, initial=0), fmt)
-        data, scale = _cast(bits, byte[..., None], poisoned[..., None]), _rowwise_scale(byte, poisoned)
+        data = _cast(bits, byte[..., None], poisoned[..., None])
     else:
-        length = x.shape[-1]
-        bits = jnp.pad(bits, [(0, 0)] * (x.ndim - 1) + [(0, -length % MX_BLOCK)])
-        blocks = bits.reshape(*bits.shape[:-1], bits.shape[-1] // MX_BLOCK, MX_BLOCK)
+        length, size = x.shape[-1], SCALE_BLOCKS[fmt]
+        bits = jnp.pad(bits, [(0, 0)] * (x.ndim - 1) + [(0, -length % size)])
+        blocks = bits.reshape(*bits.shape[:-1], bits.shape[-1] // size, size)
         byte, poisoned = _scale_byte((blocks & _ABS).max(axis=-1), fmt)
         data = _cast(blocks, byte[..., None], poisoned[..., None]).reshape(bits.shape)[..., :length]
-        scale = _e8m0_scale(byte, poisoned)
-    return QuantizedOperand(jax.lax.bitcast_convert_type(data, jnp.float8_e4m3fn), scale, axis, fmt)
+    data = jax.lax.bitcast_convert_type(data, jnp.float8_e4m3fn)
+    return QuantizedOperand(data, _scale(byte, poisoned, fmt), axis, fmt)
+
+
+def _quantize_squares(x: jax.Array, fmt: str, axis: str) -> Operand:
+    """x [G, P, C] with a scale for every block of 128 x 128: float32 [G, ceil(P/128), ceil(C/128)]."""
+    G, P, C = x.shape
+    bits = jnp.pad(_float32_bits(x), [(0, 0), (0, -P % FP8_BLOCK), (0, -C % FP8_BLOCK)])
+    squares = bits.reshape(G, bits.shape[1] // FP8_BLOCK, FP8_BLOCK, bits.shape[2] // FP8_BLOCK, FP8_BLOCK)
+    byte, poisoned = _scale_byte((squares & _ABS).max(axis=(2, 4), keepdims=True), fmt)
+    data = _cast(squares, byte, poisoned).reshape(bits.shape)[:, :P, :C]
+    data = jax.lax.bitcast_convert_type(data, jnp.float8_e4m3fn)
+    return QuantizedOperand(data, _scale(byte, poisoned, fmt)[:, :, 0, :, 0], axis, fmt)
 
 
 def _float32_bits(x: jax.Array) -> jax.Array:
@@ -247,7 +264,7 @@ def _scale_byte(amax: jax.Array, fmt: str) -> tuple[jax.Array, jax.Array]:
     The exponent is floor(log2 amax) - 8, plus one (not under FLOOR) when amax's mantissa is beyond 448's, 1.75.
     """
     poisoned = amax >= _INF
-    if fmt == "fp8_rowwise":
+    if not fmt.startswith("mxfp8"):
         amax = jnp.maximum(amax, _MIN_AMAX_BITS)
     byte = (amax >> 23) - 8
     if fmt != "mxfp8_floor":
@@ -255,11 +272,10 @@ def _scale_byte(amax: jax.Array, fmt: str) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(byte, 0), poisoned
 
 
-def _rowwise_scale(byte: jax.Array, poisoned: jax.Array) -> jax.Array:
-    return jnp.where(poisoned, jnp.float32(jnp.nan), _exp2(byte - 127))
-
-
-def _e8m0_scale(byte: jax.Array, poisoned: jax.Array) -> jax.Array:
+def _scale(byte: jax.Array, poisoned: jax.Array, fmt: str) -> jax.Array:
+    """float32 or E8M0, as the format has it."""
+    if not fmt.startswith("mxfp8"):
+        return jnp.where(poisoned, jnp.float32(jnp.nan), _exp2(byte - 127))
     return jax.lax.bitcast_convert_type(jnp.where(poisoned, _E8M0_NAN, byte).astype(jnp.uint8), jnp.float8_e8m0fnu)
 
 
@@ -368,7 +384,7 @@ def _column_tile(operand: Operand, t: jax.Array) -> Operand:
         return jax.lax.dynamic_slice_in_dim(x, t * size, size, axis=-1)
 
     rowwise = operand.format == "fp8_rowwise"
-    scale = operand.scale if rowwise else cut(operand.scale, TOKEN_TILE // MX_BLOCK)
+    scale = operand.scale if rowwise else cut(operand.scale, TOKEN_TILE // SCALE_BLOCKS[operand.format])
     return QuantizedOperand(cut(operand.data, TOKEN_TILE), scale, operand.axis, operand.format)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from xmoe.config import Accumulation, GroupedMMConfig, KernelPreference
 
-Elements = Literal["fp8", "mx", "bf16"]
+Elements = Literal["fp8", "blockwise", "mx", "bf16"]
 
 
 class UnsupportedError(ValueError):
@@ -39,7 +39,8 @@ class Implementation:
     gemm: Literal["triton", "torch", "emulated"]
     """Whose grouped GEMM runs. The quantizers are Triton's unless this is "emulated"."""
     elements: Elements
-    """What the tensor core multiplies in fwd and dgrad: e4m3, block-scaled e4m3, or bf16 (dequantized exactly)."""
+    """What fwd and dgrad multiply: e4m3 with scales for the sum ("fp8") or for each 128-long partial sum ("blockwise"),
+    e4m3 that the tensor core scales ("mx"), or bf16 (dequantized exactly)."""
     wgrad_elements: Elements
     reason: str
     advice: str = ""
@@ -95,14 +96,18 @@ def select(config: GroupedMMConfig, device: Device) -> Implementation:
             reason = "torch._scaled_grouped_mm, as asked; it rounds float32 outputs to bf16 first"
             return Implementation("torch-fp8", "torch", "fp8", wgrad or "fp8", reason)
         raise UnsupportedError(
-            f"kernel_preference=torch cannot run {config.recipe} on {device}: torch's scaled grouped GEMM is wired up "
-            "for fp8_rowwise on sm_90 only; use kernel_preference=auto or triton"
+            f"kernel_preference=torch cannot run {config.recipe} on {device}: torch's scaled grouped GEMM "
+            + ("has no blockwise scales" if fmt == "fp8_blockwise" else "is wired up for fp8_rowwise on sm_90 only")
+            + "; use kernel_preference=auto or triton"
         )
 
     if fmt == "bf16":
         return Implementation("triton-bf16", "triton", "bf16", "bf16", "bf16 tensor cores")
+    unit = {9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")
+    if fmt == "fp8_blockwise":
+        reason = f"fp8 {unit} on {device}, scaled and summed in float32 every 128"
+        return Implementation("triton-blockwise", "triton", "blockwise", wgrad or "blockwise", reason)
     if fmt == "fp8_rowwise":
-        unit = {9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")
         return Implementation("triton-fp8", "triton", "fp8", wgrad or "fp8", f"fp8 {unit} on {device}")
     if capability[0] == 10 and config.accumulation is Accumulation.FAST:
         return Implementation("triton-mx", "triton", "mx", wgrad or "mx", f"block-scaled tcgen05 on {device}")

@@ -20,21 +20,21 @@ def is_poison(amax):
 
 
 @triton.jit
-def rowwise_exponent(amax):
+def fp8_exponent(amax):
     """Exponent of the power of two that 448/max(amax, 1e-12) rounds down to, inverted."""
     amax = tl.maximum(amax, 0x2B8CBCCC)  # 1e-12
     return (amax >> 23) - 135 + ((amax & 0x7FFFFF) > 0x600000).to(tl.int32)
 
 
 @triton.jit
-def rowwise_inverse(amax):
-    """What a row of this amax is multiplied by before the cast; NaN poisons all of it."""
-    return tl.where(is_poison(amax), float("nan"), power_of_two(-rowwise_exponent(amax)))
+def fp8_inverse(amax):
+    """What a row or block of this amax is multiplied by before the cast; NaN poisons all of it."""
+    return tl.where(is_poison(amax), float("nan"), power_of_two(-fp8_exponent(amax)))
 
 
 @triton.jit
-def rowwise_scale(amax):
-    return tl.where(is_poison(amax), float("nan"), power_of_two(rowwise_exponent(amax)))
+def fp8_scale(amax):
+    return tl.where(is_poison(amax), float("nan"), power_of_two(fp8_exponent(amax)))
 
 
 @triton.jit

@@ -10,13 +10,13 @@ suitable GPU and for debugging: unlike a kernel it allocates its results and rea
 import torch
 import torch.nn.functional as F
 
-from xmoe.operands import MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
+from xmoe.operands import FORMATS, FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand, padded_tokens
 
 Operand = QuantizedOperand[torch.Tensor]
 
 _INF_BITS = 0x7F800000
 _MIN_AMAX_BITS = 0x2B8CBCCC
-"""The bits of float32(1e-12), the least amax of a row."""
+"""The bits of float32(1e-12), the least amax that gives an FP8 scale."""
 _E4M3_MAX, _E4M3_NAN = 448.0, 0x7F
 _E8M0_NAN = 0xFF
 
@@ -43,7 +43,7 @@ def token_layout(ends: list[int]) -> list[tuple[int, int, int]]:
 
 
 def quantize_rows(x: torch.Tensor, fmt: str, *, axis: str = "K") -> Operand:
-    """Quantizes x [R, C] along C: data e4m3 [R, C]; scale float32 [R] or E8M0 [R, ceil(C/32)]."""
+    """Quantizes x [R, C] along C: data e4m3 [R, C]; scale float32 [R] or [R, ceil(C/128)], or E8M0 [R, ceil(C/32)]."""
     _check_input("x", x, 2)
     data, scale = _quantize_along_last(x, fmt)
     return QuantizedOperand(data, scale, axis, fmt)
@@ -52,21 +52,22 @@ def quantize_rows(x: torch.Tensor, fmt: str, *, axis: str = "K") -> Operand:
 def quantize_weights(B: torch.Tensor, axis: str, fmt: str) -> Operand:
     """Quantizes B [G, K, N] (any strides) along ``axis``, which becomes the last axis of the data.
 
-    "K" gives e4m3 [G, N, K] with float32 [G, N] or E8M0 [G, N, ceil(K/32)]; "N" gives e4m3 [G, K, N] with
-    float32 [G, K] or E8M0 [G, K, ceil(N/32)].
+    "K" gives e4m3 [G, N, K] with float32 [G, N] or [G, ceil(N/128), ceil(K/128)], or E8M0 [G, N, ceil(K/32)]; "N" gives
+    e4m3 [G, K, N] with float32 [G, K] or [G, ceil(K/128), ceil(N/128)], or E8M0 [G, K, ceil(N/32)].
     """
     _check_input("B", B, 3)
     if axis not in ("K", "N"):
         raise ValueError(f"axis is {axis!r}; give 'K' (forward operand) or 'N' (dgrad operand)")
-    data, scale = _quantize_along_last(B.transpose(1, 2) if axis == "K" else B, fmt)
+    quantize = _quantize_squares if fmt == "fp8_blockwise" else _quantize_along_last
+    data, scale = quantize(B.transpose(1, 2) if axis == "K" else B, fmt)
     return QuantizedOperand(data, scale, axis, fmt)
 
 
 def quantize_tokens(x: torch.Tensor, offs: torch.Tensor, fmt: str) -> Operand:
     """Quantizes x [M, C] along the tokens of each group: the wgrad operand.
 
-    Data e4m3 [C, Mp] with Mp = ``padded_tokens(M, G)``; scale float32 [G, C] or E8M0 [C, Mp/32]. Each group begins
-    at a multiple of TOKEN_TILE columns; every column without a token is zero.
+    Data e4m3 [C, Mp] with Mp = ``padded_tokens(M, G)``; scale float32 [G, C] or [C, Mp/128], or E8M0 [C, Mp/32].
+    Each group begins at a multiple of TOKEN_TILE columns; every column without a token is zero.
     """
     _check_input("x", x, 2)
     (M, C), G = x.shape, offs.shape[0]
@@ -82,12 +83,13 @@ def quantize_tokens(x: torch.Tensor, offs: torch.Tensor, fmt: str) -> Operand:
             tokens = slice(column, column + end - start)
             data[tokens], scale[g : g + 1] = _cast(x32[tokens], _amax_bits(x32[tokens], 0), fmt)
     else:
-        blocks = x32.view(-1, MX_BLOCK, C)
+        size = SCALE_BLOCKS[_checked(fmt)]
+        blocks = x32.view(-1, size, C)
         data, scale = _cast(blocks, _amax_bits(blocks, 1), fmt)
-        data, scale = data.view(-1, C), scale.view(torch.uint8)[:, 0].t().contiguous().view(torch.float8_e8m0fnu)
+        data, scale = data.view(-1, C), _transposed(scale[:, 0])
         for start, end, column in layout:  # a poisoned block's padding is zero as well
             tokens = end - start
-            data[column + tokens : column + tokens + -tokens % MX_BLOCK] = 0
+            data[column + tokens : column + tokens + -tokens % size] = 0
     return QuantizedOperand(data.t().contiguous().view(torch.float8_e4m3fn), scale, "tokens", fmt)
 
 
@@ -97,13 +99,17 @@ def dequantize(operand: Operand, offs: torch.Tensor | None = None) -> torch.Tens
     A "tokens" operand in ``fp8_rowwise`` has one scale per group: it needs ``offs``, int32 [G].
     """
     data, scale = operand.data.float(), operand.scale
+    if operand.format == "fp8_blockwise":
+        if data.ndim == 3:  # weights
+            scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, : data.shape[1]]
+        return data * scale.repeat_interleave(FP8_BLOCK, -1)[..., : data.shape[-1]]
     if operand.format != "fp8_rowwise":
         # Two normal factors in place of one: 2^-127 is a float32 subnormal, which the process may flush.
         byte = scale.view(torch.uint8).int()
         half = (byte - 127) >> 1
         nan = byte == _E8M0_NAN
         factors = (_exp2(e).masked_fill_(nan, torch.nan).unsqueeze(-1) for e in (half, byte - 127 - half))
-        blocks = _in_blocks(data)
+        blocks = _in_blocks(data, SCALE_BLOCKS[operand.format])
         for factor in factors:
             blocks = blocks * factor
         return blocks.flatten(-2)[..., : data.shape[-1]]
@@ -130,7 +136,8 @@ def grouped_mm(
     """out[M, P] = a_g @ b_g^T for the rows of each group; rows past the last group are zero.
 
     ``a`` from `quantize_rows` [M, C], ``b`` from `quantize_weights` [G, P, C]. Float32 products and sums of the
-    elements, the epilogue (acc * scale_a) * scale_b, one rounding to ``out_dtype``.
+    elements (rowwise: then the epilogue (acc * scale_a) * scale_b) or of the dequantized values (block scales), one
+    rounding to ``out_dtype``.
     """
     M, P = a.data.shape[0], b.data.shape[1]
     ends = group_ends(offs, M)
@@ -227,21 +234,45 @@ def _check_input(name: str, x: torch.Tensor, ndim: int) -> None:
         raise ValueError(f"{name} is {x.dtype}; give bfloat16, float16 or float32")
 
 
-def _in_blocks(x: torch.Tensor) -> torch.Tensor:
-    """[..., C] as [..., ceil(C/32), 32], zero-padded."""
-    return F.pad(x, (0, -x.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK))
+def _checked(fmt: str) -> str:
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt is {fmt!r}; give one of {', '.join(FORMATS)}")
+    return fmt
+
+
+def _in_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[..., C] as [..., ceil(C/size), size], zero-padded."""
+    return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
+def _transposed(scale: torch.Tensor) -> torch.Tensor:
+    """[T, C] as contiguous [C, T]; through bytes where E8M0, which few operators take."""
+    if scale.dtype == torch.float32:
+        return scale.t().contiguous()
+    return scale.view(torch.uint8).t().contiguous().view(scale.dtype)
 
 
 def _quantize_along_last(x: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Data e4m3 like x [..., C]; scale float32 [...] or E8M0 [..., ceil(C/32)]."""
+    """Data e4m3 like x [..., C]; scale float32 [...] or [..., ceil(C/128)], or E8M0 [..., ceil(C/32)]."""
     x32 = x.float().contiguous()
     if fmt == "fp8_rowwise":
         data, scale = _cast(x32, _amax_bits(x32, -1), fmt)
         return data.view(torch.float8_e4m3fn), scale.squeeze(-1)
-    blocks = _in_blocks(x32)
+    blocks = _in_blocks(x32, SCALE_BLOCKS[_checked(fmt)])
     data, scale = _cast(blocks, _amax_bits(blocks, -1), fmt)
     data = data.flatten(-2)[..., : x.shape[-1]].contiguous()
     return data.view(torch.float8_e4m3fn), scale.squeeze(-1)
+
+
+def _quantize_squares(x: torch.Tensor, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Data e4m3 like x [G, P, C]; scale float32 [G, ceil(P/128), ceil(C/128)]."""
+    _, P, C = x.shape
+    x32 = F.pad(x.float(), (0, -C % FP8_BLOCK, 0, -P % FP8_BLOCK)).contiguous()
+    squares = x32.unflatten(2, (-1, FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))  # [G, P/128, 128, C/128, 128]
+    amax = _amax_bits(_amax_bits(squares, 4).view(torch.float32), 2)
+    data, scale = _cast(squares, amax, fmt)
+    data = data.view(x32.shape)[:, :P, :C].contiguous()
+    return data.view(torch.float8_e4m3fn), scale[:, :, 0, :, 0]
 
 
 def _amax_bits(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -259,10 +290,9 @@ def _cast(x: torch.Tensor, amax: torch.Tensor, fmt: str) -> tuple[torch.Tensor, 
     ``amax`` are float32 bits (int32) that broadcast over x. The exponent of the scale is read off them:
     floor(log2 amax) - 8, plus one (not under FLOOR) when amax's mantissa is beyond that of 448 = 1.75 * 2^8.
     """
-    if fmt == "fp8_rowwise":
+    fp8 = fmt in ("fp8_rowwise", "fp8_blockwise")
+    if fp8:
         amax = amax.clamp(min=_MIN_AMAX_BITS)
-    elif fmt not in ("mxfp8_rceil", "mxfp8_floor"):
-        raise ValueError(f"fmt is {fmt!r}; give 'fp8_rowwise', 'mxfp8_rceil' or 'mxfp8_floor'")
     byte = (amax >> 23) - 8
     if fmt != "mxfp8_floor":
         byte += (amax & 0x7FFFFF) > 0x600000
@@ -270,8 +300,8 @@ def _cast(x: torch.Tensor, amax: torch.Tensor, fmt: str) -> tuple[torch.Tensor, 
     poisoned = amax >= _INF_BITS
 
     scaled = x * _exp2(127 - byte)
-    if fmt != "fp8_rowwise" and bool(((amax > 0) & (byte < 12)).any()):
-        # Only below such a scale does a float32 subnormal reach e4m3's least value, 2^-9 (a row's scale is at least
+    if not fp8 and bool(((amax > 0) & (byte < 12)).any()):
+        # Only below such a scale does a float32 subnormal reach e4m3's least value, 2^-9 (an FP8 scale is at least
         # 2^-48). Take it as the integer it is, times 2^-149: the process may flush subnormal operands.
         bits = x.view(torch.int32)
         magnitude = bits & 0x7FFFFFFF
@@ -280,7 +310,7 @@ def _cast(x: torch.Tensor, amax: torch.Tensor, fmt: str) -> tuple[torch.Tensor, 
     data = scaled.clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     data.masked_fill_(poisoned, _E4M3_NAN)
 
-    if fmt == "fp8_rowwise":
+    if fp8:
         return data, _exp2(byte - 127).masked_fill_(poisoned, torch.nan)
     return data, byte.masked_fill_(poisoned, _E8M0_NAN).to(torch.uint8).view(torch.float8_e8m0fnu)
 

@@ -6,8 +6,12 @@ bf16 operands are read as they lie, because bf16 wgmma takes either order.
     out[M, P]    = a[M, C] @ b[g, P, C]^T                      (g: the group that owns the row)
     out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T
 
-SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "mx" (E8M0 per 32, inside the
-MMA: `tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
+SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "blockwise" (float32 for 128 of
+the contraction, applied to each step's product; of weights for 128 rows too), "mx" (E8M0 per 32, inside the MMA:
+`tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
+
+STAGES: the loop's own, for "blockwise", else None (the launch's, for the operands alone). It sends the scales ahead
+through shared memory too; else the MMA would wait for them, and each thread of a wgrad would load 34 a step.
 """
 
 import torch
@@ -16,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xmoe.kernels.tuning import GemmTiles
-from xmoe.operands import TOKEN_TILE
+from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def _grouped_mm(
     M, P, C, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, B_CONTRACTION_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    PROGRAMS: tl.constexpr, BAND: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     m_tiles = tl.load(groups_ptr + G * 4 + 2)
     p_blocks = tl.cdiv(P, BLOCK_P)
@@ -70,13 +74,21 @@ def _grouped_mm(
         p = first_p + tl.arange(0, BLOCK_P)
 
         acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        for c in range(0, C, BLOCK_C):
+        for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
             a = a_desc.load([first_m, c])
             if B_CONTRACTION_LAST:
                 b = b_desc.load([group, first_p, c]).reshape(BLOCK_P, BLOCK_C)
             else:
                 b = b_desc.load([group, c, first_p]).reshape(BLOCK_C, BLOCK_P).T
-            if SCALING == "mx":
+            if SCALING == "blockwise":
+                blocks = tl.cdiv(C, BLOCK_C)
+                block = c // BLOCK_C
+                a_scale = tl.load(a_scale_ptr + m.to(tl.int64) * blocks + block, m < end_m, 0.0)
+                # One for all columns of a tile, but loaded by the row: a scalar would not be on its way beforehand.
+                b_line = group.to(tl.int64) * tl.cdiv(P, BLOCK_C) + first_p // BLOCK_C
+                b_scale = tl.load(b_scale_ptr + b_line * blocks + block + tl.zeros_like(m))
+                acc += tl.dot(a, b.T) * (a_scale * b_scale)[:, None]
+            elif SCALING == "mx":
                 a_scale = _mx_scales(a_scale_ptr, m, m < M, c, C, BLOCK_C)
                 b_scale = _mx_scales(b_scale_ptr, group.to(tl.int64) * P + p, p < P, c, C, BLOCK_C)
                 acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
@@ -105,7 +117,7 @@ def _grouped_mm_tokens(
     M, P, Q, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, TOKEN_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    PROGRAMS: tl.constexpr, BAND: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scaled operands are [P, Mp] and [Q, Mp], each group zero-padded to TOKEN_TILE. Others are bf16 [M, P] and [M, Q]
     as they lie: whole tiles of tokens by TMA, the group's last tokens by masked loads."""
@@ -128,10 +140,17 @@ def _grouped_mm_tokens(
         if SCALING != "none":
             start = tl.load(groups_ptr + group * 4 + 2) * TOKEN_TILE
             end = tl.load(groups_ptr + group * 4 + 6) * TOKEN_TILE  # where the next group starts
-            for m in range(start, end, BLOCK_M):
+            for m in tl.range(start, end, BLOCK_M, num_stages=STAGES):
                 a = a_desc.load([first_p, m])
                 b = b_desc.load([first_q, m])
-                if SCALING == "mx":
+                if SCALING == "blockwise":
+                    blocks = M // BLOCK_M
+                    block = m // BLOCK_M
+                    # triton 3.6 spills with other orders of these sums and products.
+                    a_scale = tl.load((a_scale_ptr + block) + p.to(tl.int64) * blocks, p < P, 0.0)
+                    b_scale = tl.load((b_scale_ptr + block) + q.to(tl.int64) * blocks, q < Q, 0.0)
+                    acc += tl.dot(a, b.T) * (a_scale[:, None] * b_scale[None, :])
+                elif SCALING == "mx":
                     a_scale = _mx_scales(a_scale_ptr, p, p < P, m, M, BLOCK_M)
                     b_scale = _mx_scales(b_scale_ptr, q, q < Q, m, M, BLOCK_M)
                     acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
@@ -153,9 +172,12 @@ def _grouped_mm_tokens(
         _store_tile(out_ptr, acc, group.to(tl.int64) * P + p, p < P, q, Q)
 
 
-def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None):
+def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, blockwise: bool, depth: int):
     if a_scale is None or b_scale is None:
         return "none", None, None
+    if blockwise:
+        assert depth == FP8_BLOCK, f"a depth of {depth}: a step of the contraction is one block, {FP8_BLOCK}"
+        return "blockwise", a_scale, b_scale
     if a_scale.dtype == torch.float32:
         return "rowwise", a_scale, b_scale
     return "mx", a_scale.view(torch.uint8), b_scale.view(torch.uint8)
@@ -172,23 +194,26 @@ def grouped_mm(
     tuned: GemmTiles,
     programs: int,
     precise: bool = False,
+    blockwise: bool = False,
 ) -> None:
     """out[M, P] = a[M, C] @ b[g, P, C]^T for the group g of each row; rows of no group become zero.
 
     Args:
         a: e4m3 or bf16 [M, C], contiguous.
         b: e4m3 [G, P, C] contiguous, or bf16 [G, P, C] with axis 1 or 2 contiguous.
-        a_scale, b_scale: float32 [M], [G, P]; or E8M0 [M, ceil(C/32)], [G, P, ceil(C/32)]; or None for bf16.
+        a_scale, b_scale: float32 [M], [G, P]; or, `blockwise`, [M, ceil(C/128)], [G, ceil(P/128), ceil(C/128)]; or E8M0
+            [M, ceil(C/32)], [G, P, ceil(C/32)]; or None for bf16.
         tiles, groups: the map of `tuned.rows`-token tiles (`tiles.map_tiles`).
         out: bf16 or fp32 [M, P], contiguous, written whole.
         programs: persistent programs, the number of multiprocessors.
-        precise: add partial products in float32 outside the tensor core.
+        precise: add partial products in float32 outside the tensor core; `blockwise` does so anyway.
     """
     (M, C), (G, P, _) = a.shape, b.shape
     if M == 0:
         return
     assert a.is_contiguous(), f"strides {a.stride()}: a is contiguous"
-    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
+    assert not blockwise or FP8_BLOCK % tuned.cols == 0, f"{tuned.cols} columns a tile: all in one block of {FP8_BLOCK}"
+    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale, blockwise, tuned.depth)
     contraction_last = b.stride(2) == 1
     if contraction_last:
         b_desc = TensorDescriptor(b, [G, P, C], [*b.stride()], [1, tuned.cols, tuned.depth])
@@ -197,8 +222,9 @@ def grouped_mm(
     _grouped_mm[(programs,)](
         TensorDescriptor(a, [M, C], [C, 1], [tuned.rows, tuned.depth]), b_desc, out,
         a_scale, b_scale, tiles, groups, M, P, C, G,
-        SCALING=scaling, PRECISE=precise, B_CONTRACTION_LAST=contraction_last,
+        SCALING=scaling, PRECISE=precise and not blockwise, B_CONTRACTION_LAST=contraction_last,
         BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
+        STAGES=tuned.stages if blockwise else None,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip
 
@@ -213,18 +239,20 @@ def grouped_mm_tokens(
     tuned: GemmTiles,
     programs: int,
     precise: bool = False,
+    blockwise: bool = False,
 ) -> None:
     """out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T; a group without tokens gives zeros.
 
     Args:
         a, b: e4m3 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`); or bf16 [M, P] and [M, Q], as they
             lie. Contiguous.
-        a_scale, b_scale: float32 [G, P], [G, Q]; or E8M0 [P, Mp/32], [Q, Mp/32]; or None for bf16.
+        a_scale, b_scale: float32 [G, P], [G, Q]; or, `blockwise`, [P, Mp/128], [Q, Mp/128]; or E8M0 [P, Mp/32],
+            [Q, Mp/32]; or None for bf16.
         groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens.
         out: bf16 or fp32 [G, P, Q], contiguous, written whole.
     """
     G, P, Q = out.shape
-    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale)
+    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale, blockwise, tuned.depth)
     M = a.shape[0] if scaling == "none" else a.shape[1]
     if M == 0:
         out.zero_()
@@ -241,7 +269,8 @@ def grouped_mm_tokens(
     _grouped_mm_tokens[(programs,)](
         a_desc, b_desc, out, a, b,
         a_scale, b_scale, groups, M, P, Q, G,
-        SCALING=scaling, PRECISE=precise, TOKEN_TILE=TOKEN_TILE,
+        SCALING=scaling, PRECISE=precise and not blockwise, TOKEN_TILE=TOKEN_TILE,
         BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
+        STAGES=tuned.stages if blockwise else None,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from xmoe.config import Accumulation, GroupedMMConfig
 from xmoe.kernels import emulation
 from xmoe.kernels.dispatch import Device, Elements, Implementation, select
-from xmoe.operands import MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
+from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand, padded_tokens
 
 try:
     import triton  # noqa: F401
@@ -82,7 +82,8 @@ def _operand(name: str, lead: tuple[int, ...], C: int, format: str, elements: El
         return {name: TensorSpec((*lead, C), "bfloat16")}
     scale = TensorSpec(lead, "float32")
     if format != "fp8_rowwise":
-        scale = TensorSpec((*lead, -(-C // MX_BLOCK)), "float8_e8m0fnu")
+        dtype = "float32" if format == "fp8_blockwise" else "float8_e8m0fnu"
+        scale = TensorSpec((*lead, -(-C // SCALE_BLOCKS[format])), dtype)
     return {name: TensorSpec((*lead, C), "float8_e4m3fn"), f"{name}_scale": scale}
 
 
@@ -92,6 +93,8 @@ def _weights(out: int, contraction: int, p: Problem, config: GroupedMMConfig, im
     specs = _operand("b", (p.G, out), contraction, config.format, impl.elements)
     if config.format == "fp8_rowwise":
         specs["b_amax"] = TensorSpec((p.G, out), "int32")
+    if config.format == "fp8_blockwise":
+        specs["b_scale"] = TensorSpec((p.G, -(-out // FP8_BLOCK), -(-contraction // FP8_BLOCK)), "float32")
     return specs
 
 
@@ -127,9 +130,9 @@ def _map(tile: int, p: Problem) -> dict[str, TensorSpec]:
 
 def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool):
     """``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A: ``a_tokens`` and
-    ``a_tokens_scale``, e4m3 [K, Mp] and float32 [G, K] or E8M0 [K, Mp/32], or, where the implementation keeps
-    tokens straight, e4m3 [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives until
-    the backward."""
+    ``a_tokens_scale``: e4m3 [K, Mp] and float32 [G, K] or [K, Mp/128] or E8M0 [K, Mp/32], or, where the implementation
+    keeps tokens straight, e4m3 [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives
+    until the backward."""
     out = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
     if not save_tokens or saves_input(config):
         return out
@@ -193,7 +196,8 @@ def _programs(index: int) -> int:
 
 def _gemm_tiles(kernel: str, elements: Elements, p: Problem, config: GroupedMMConfig, device: Device, out: str):
     assert device.capability is not None, f"Triton GEMMs need a compute capability, got {device}"
-    heavy = out == "float32" or config.accumulation is Accumulation.PRECISE
+    precise = config.accumulation is Accumulation.PRECISE and elements != "blockwise"  # which is so at any rate
+    heavy = out == "float32" or precise
     return tuning.lookup(kernel, elements, device.capability, p.M, p.G, heavy)
 
 
@@ -270,8 +274,9 @@ class _Call:
             _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
             return
         grouped_gemm.grouped_mm(
-            a_data, a_scale, b_data, b_scale, token_tiles, groups, out, tuned, self.programs, self.precise
-        )
+            a_data, a_scale, b_data, b_scale, token_tiles, groups, out, tuned, self.programs, self.precise,
+            self.implementation.elements == "blockwise",
+        )  # fmt: skip
 
     def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out: torch.Tensor) -> None:
         """out[G, K, N] from wgrad operands of A and dOut; an out that is stored [G, N, K] swaps them."""
@@ -280,8 +285,11 @@ class _Call:
         if self.implementation.gemm == "torch":
             _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, not self.precise)
             return
-        tuned = self.gemm_tiles("grouped_mm_tokens", self.implementation.wgrad_elements, out)
-        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, tuned, self.programs, self.precise)
+        elements = self.implementation.wgrad_elements
+        tuned = self.gemm_tiles("grouped_mm_tokens", elements, out)
+        grouped_gemm.grouped_mm_tokens(
+            a, a_scale, b, b_scale, groups, out, tuned, self.programs, self.precise, elements == "blockwise"
+        )
 
     def wgrad_hp(self, A: torch.Tensor, dOut: torch.Tensor, dB: torch.Tensor) -> None:
         """dB from A and dOut in bf16, as they lie."""

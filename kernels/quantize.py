@@ -4,33 +4,33 @@ R, C = rows and columns of a 2D input; G = groups. "Rows" quantizes along the la
 quantizes along the rows of each group and writes transposed, because fp8 tensor cores read the contraction
 contiguously. A group is a run of tokens (ragged, padded to TOKEN_TILE) or one expert's matrix (all of R rows).
 
-Scales: `fp8_rowwise` float32, one a row (column); `mxfp8_*` E8M0, one for 32 elements. Given a bf16 output, an MX
-quantizer writes data * scale instead of bytes and scales: what a GPU without block-scaled MMA multiplies. bf16 tensor
-cores read either order, so for them MX columns are quantized straight: in the layout of the input.
+Scales: `fp8_rowwise` float32, one a row (column); `fp8_blockwise` float32, one for 128 elements (of a weight: for
+128 x 128); `mxfp8_*` E8M0, one for 32 elements. Given a bf16 output, an MX quantizer writes data * scale instead of
+bytes and scales: what a GPU without block-scaled MMA multiplies. bf16 tensor cores read either order, so for them MX
+columns are quantized straight: in the layout of the input.
 
-Bytes are stored as int8: a kernel that stores fp8 both straight and transposed is miscompiled by ptxas <= 12.9.
+SCALING: "rowwise", "blockwise" or "mx", as in the GEMMs.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from xmoe.kernels.e4m3 import (
-    decode,
-    encode,
-    magnitude,
-    mx_byte,
-    mx_inverse,
-    mx_scale,
-    rowwise_inverse,
-    rowwise_scale,
-)
-from xmoe.operands import MX_BLOCK, TOKEN_TILE, padded_tokens
+from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, magnitude, mx_byte, mx_inverse
+from xmoe.kernels.quantize_blocks import columns_straight, dequantize_straight, rows_blocks, square_blocks
+from xmoe.kernels.tiles import tile_rows
+from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE, padded_tokens
 
 LONGEST_ROW = 16384
 """Rows up to this long stay in registers between the maximum and the cast (elements)."""
-ROWS_MX_BLOCK = 1024
-"""Columns of a program over 4096 elements: 0.51 ms at [128000, 5120] on an H200, 0.72 with 32 x 128."""
+ROW_BLOCKS = 1024
+"""Columns of a program over 4096 elements: MX 0.51 ms at [128000, 5120] on an H200, 0.72 with 32 x 128."""
+SQUARE_WARPS = 8
+"""Of a program over 128 x 128 weights."""
+STRAIGHT_BLOCK = 128
+"""Columns of a straight program of one warp: 4 a thread, of 32 rows each; with 8, registers spill."""
+EMPTY_SCALE = 2.0**-48
+"""Of a column without tokens: that of amax 1e-12."""
 
 
 @triton.jit(do_not_specialize=["R", "P", "G"])
@@ -97,8 +97,8 @@ def _rows_fp8_run(
         if AMAX:
             largest = seen
         for i in tl.static_range(len(PIECES)):
-            tl.store(out_row + columns[i], encode(values[i] * rowwise_inverse(amax), HARDWARE), columns[i] < C)
-        tl.store(scale_ptr + row, rowwise_scale(amax))
+            tl.store(out_row + columns[i], encode(values[i] * fp8_inverse(amax), HARDWARE), columns[i] < C)
+        tl.store(scale_ptr + row, fp8_scale(amax))
     if AMAX:
         for i in tl.static_range(len(PIECES)):
             tl.atomic_max(amax_ptr + group.to(tl.int64) * C + columns[i], largest[i], columns[i] < C, sem="relaxed")
@@ -123,51 +123,8 @@ def _long_rows_fp8(
     for first in range(0, C, BLOCK_C):
         c = first + column
         x = tl.load(x_row + c.to(tl.int64) * stride_xc, c < C, 0.0).to(tl.float32)
-        tl.store(data_ptr + row * C + c, encode(x * rowwise_inverse(amax), HARDWARE), c < C)
-    tl.store(scale_ptr + row, rowwise_scale(amax))
-
-
-@triton.jit(do_not_specialize=["R", "P"])
-def _rows_mx(
-    x_ptr, stride_xg, stride_xr, stride_xc,
-    data_ptr, scale_ptr,
-    R, P, C,
-    RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    blocks: tl.constexpr = BLOCK_C // 32
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    first = tl.program_id(1) * BLOCK_C
-    col = first + tl.arange(0, BLOCK_C)[None, :]
-    mask = (row < R) & (col < C)
-    x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
-    x = tl.load(x_rows + col.to(tl.int64) * stride_xc, mask, 0.0).to(tl.float32)
-    x = tl.reshape(x, (BLOCK_R, blocks, 32))
-    byte = mx_byte(tl.max(magnitude(x), 2), RCEIL)
-    data = encode(x * mx_inverse(byte)[:, :, None], HARDWARE)
-    if DEQUANTIZE:
-        data = (decode(data, HARDWARE) * mx_scale(byte)[:, :, None]).to(tl.bfloat16)
-    tl.store(data_ptr + row * C + col, tl.reshape(data, (BLOCK_R, BLOCK_C)), mask)
-    if not DEQUANTIZE:
-        block = first // 32 + tl.arange(0, blocks)[None, :]
-        scale = scale_ptr + row * tl.cdiv(C, 32) + block
-        tl.store(scale, byte.to(tl.uint8), (row < R) & (block * 32 < C))
-
-
-@triton.jit
-def _tile(tile, tiles_ptr, groups_ptr, G, R, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr):
-    """(group, first row, end row) of a tile; a tile past the last one is empty. Rows of a dense group count from 0."""
-    if RAGGED:
-        used = tl.load(groups_ptr + G * 4 + 2)
-        group = tl.load(tiles_ptr + tile * 4, tile < used, 0)
-        first = tl.load(tiles_ptr + tile * 4 + 1, tile < used, 0)
-        end = tl.load(tiles_ptr + tile * 4 + 2, tile < used, 0)
-    else:
-        per_group = tl.cdiv(R, BLOCK_R)
-        group = tile // per_group
-        first = tile % per_group * BLOCK_R
-        end = R
-    return group, first, end
+        tl.store(data_ptr + row * C + c, encode(x * fp8_inverse(amax), HARDWARE), c < C)
+    tl.store(scale_ptr + row, fp8_scale(amax))
 
 
 @triton.jit(do_not_specialize=["G"])
@@ -177,7 +134,7 @@ def _columns_amax(
     G, R, C,
     RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    group, first, end = _tile(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
+    group, first, end = tile_rows(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
     if first < end:  # not a tile past the last one
         row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
         col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -194,18 +151,19 @@ def _columns(
     scale_ptr, stride_st, stride_sc,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    RAGGED: tl.constexpr, MX: tl.constexpr, RCEIL: tl.constexpr,
+    SCALING: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_R rows and BLOCK_C columns, read once, written transposed, in words of four bytes: the rows of
     a word are loaded apart, so that what goes through shared memory is words.
 
     A ragged tile t goes to columns t * BLOCK_R of data; a dense one to its own rows of its group. Ragged data is
-    written whole (padding and unused tiles are zero)."""
+    written whole (padding and unused tiles are zero). "blockwise" scales: one for each column of a ragged tile, one
+    for all of a dense tile."""
     WORDS: tl.constexpr = BLOCK_R // 4
     BLOCKS: tl.constexpr = BLOCK_R // 32
     tile = tl.program_id(0)
-    group, first, end = _tile(tile, tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
+    group, first, end = tile_rows(tile, tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
     group = group.to(tl.int64)
     word = tl.arange(0, WORDS)
     col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -218,20 +176,18 @@ def _columns(
         values += (x,)
         amax = tl.maximum(amax, magnitude(x))
 
-    if MX:
+    if SCALING == "mx":
         byte = mx_byte(tl.max(tl.reshape(amax, (BLOCKS, 8, BLOCK_C)), 1), RCEIL)
         inverse = tl.broadcast_to(mx_inverse(byte)[:, None, :], (BLOCKS, 8, BLOCK_C))
         inverse = tl.reshape(inverse, (WORDS, BLOCK_C))
     else:
-        bits = tl.load(amax_ptr + group * C + col, col < C, 0)
-        inverse = rowwise_inverse(bits)[None, :]
-        group_first = 0
-        if RAGGED:
-            group_first = tl.load(groups_ptr + group * 4)
-            if tile == 0:
-                _scale_empty_groups(scale_ptr, groups_ptr, G, col, C)
-        if first == group_first:
-            tl.store(scale_ptr + group * C + col, rowwise_scale(bits), col < C)
+        if SCALING == "rowwise":
+            largest = tl.load(amax_ptr + group * C + col, col < C, 0)
+        else:
+            largest = tl.max(amax, 0)
+            if not RAGGED:
+                largest = tl.zeros_like(largest) + tl.max(largest, 0)
+        inverse = fp8_inverse(largest)[None, :]
 
     words = tl.zeros((WORDS, BLOCK_C), tl.int32)
     for i in tl.static_range(4):
@@ -248,7 +204,21 @@ def _columns(
         inside = (col < C)[:, None] & (first + word * 4 < R)[None, :]
     tl.store(data_ptr + col[:, None] * stride_dc + out_first // 4 + word[None, :], tl.trans(words), inside)
 
-    if MX:
+    if SCALING == "rowwise":
+        group_first = 0
+        if RAGGED:
+            group_first = tl.load(groups_ptr + group * 4)
+            if tile == 0:
+                _scale_empty_groups(scale_ptr, groups_ptr, G, col, C)
+        if first == group_first:
+            tl.store(scale_ptr + group * C + col, fp8_scale(largest), col < C)
+    elif SCALING == "blockwise":
+        if RAGGED:
+            tl.store(scale_ptr + col * stride_sc + tile, fp8_scale(largest), col < C)
+        else:
+            out = scale_ptr + group * stride_st + tl.program_id(1) * stride_sc + first // BLOCK_R
+            tl.store(out, fp8_scale(tl.max(largest, 0)))
+    else:
         block = tl.arange(0, BLOCKS)
         if RAGGED:  # a tile's four bytes are one word
             four = tl.sum(byte << (8 * block)[:, None], 0)
@@ -267,75 +237,23 @@ def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
         start = tl.load(groups_ptr + group * 4, group < G, 0)
         end = tl.load(groups_ptr + group * 4 + 1, group < G, 0)
         empty = (group < G) & (start == end)
-        scale = rowwise_scale(tl.zeros((16, 1), tl.int32))
+        scale = fp8_scale(tl.zeros((16, 1), tl.int32))
         tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
-
-
-@triton.jit(do_not_specialize=["G"])
-def _columns_mx_straight(
-    x_ptr, stride_xg, stride_xr, stride_xc,
-    data_ptr, stride_dg,
-    scale_ptr, tiles_ptr, groups_ptr,
-    G, R, C,
-    RAGGED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """One block of 32 rows and BLOCK_C columns, written where it was read. A thread holds all rows of its columns, so
-    nothing is exchanged between threads. The blocks of tile t of BLOCK_R rows are the scale's rows from
-    t * BLOCK_R / 32 on."""
-    blocks: tl.constexpr = BLOCK_R // 32
-    block = tl.program_id(0)
-    group, first, end = _tile(block // blocks, tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
-    first += block % blocks * 32
-    group = group.to(tl.int64)
-    col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    x_columns = x_ptr + group * stride_xg + col * stride_xc
-    byte = tl.zeros((BLOCK_C,), tl.int32)
-    if first < end:
-        amax = tl.zeros((BLOCK_C,), tl.int32)
-        values = ()
-        for i in tl.static_range(32):
-            row = (first + i).to(tl.int64)
-            x = tl.load(x_columns + row * stride_xr, (row < end) & (col < C), 0.0)
-            values += (x,)
-            amax = tl.maximum(amax, magnitude(x.to(tl.float32)))
-        byte = mx_byte(amax, RCEIL)
-        for i in tl.static_range(32):
-            row = (first + i).to(tl.int64)
-            data = encode(values[i].to(tl.float32) * mx_inverse(byte), HARDWARE)
-            if DEQUANTIZE:
-                data = (decode(data, HARDWARE) * mx_scale(byte)).to(tl.bfloat16)
-            tl.store(data_ptr + group * stride_dg + row * C + col, data, (row < end) & (col < C))
-    if not DEQUANTIZE:
-        tl.store(scale_ptr + block.to(tl.int64) * C + col, byte.to(tl.uint8), col < C)
-
-
-@triton.jit(do_not_specialize=["G"])
-def _dequantize_straight(
-    data_ptr, scale_ptr, out_ptr, tiles_ptr, groups_ptr, G, C,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """The inverse of a ragged `_columns_mx_straight`."""
-    blocks: tl.constexpr = BLOCK_R // 32
-    block = tl.program_id(0)
-    _, first, end = _tile(block // blocks, tiles_ptr, groups_ptr, G, 0, True, BLOCK_R)
-    first += block % blocks * 32
-    col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    if first < end:
-        scale = mx_scale(tl.load(scale_ptr + block.to(tl.int64) * C + col, col < C, 0).to(tl.int32))
-        for i in tl.static_range(32):
-            row = (first + i).to(tl.int64)
-            inside = (row < end) & (col < C)
-            value = decode(tl.load(data_ptr + row * C + col, inside, 0), HARDWARE) * scale
-            tl.store(out_ptr + row * C + col, value.to(tl.bfloat16), inside)
 
 
 HARDWARE = isinstance(_rows_fp8, triton.JITFunction)
 """False under Triton's CPU interpreter."""
 
 
+_SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
+
+
 def _stores(data: torch.Tensor) -> torch.Tensor:
     return data if data.dtype == torch.bfloat16 else data.view(torch.int8)
+
+
+def _scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
+    return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -361,24 +279,26 @@ def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch
     """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C.
 
     Args:
-        format: "fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor".
+        format: one of `xmoe.operands.FORMATS`.
         data: e4m3, written, contiguous in the shape of x; or, for an MX format, bf16 that receives data * scale.
-        scale: float32 [R] or [G, P], or E8M0 with a last axis of ceil(C/32), written; None with bf16 `data`.
+        scale: float32 [R] or [G, P] ("fp8_rowwise"), float32 with a further axis of ceil(C/128) ("fp8_blockwise"), or
+            E8M0 with one of ceil(C/32), written; None with bf16 `data`.
         programs: the number of multiprocessors.
     """
     G, P, C = x.shape if x.ndim == 3 else (1, *x.shape)
     strides = x.stride() if x.ndim == 3 else (0, *x.stride())
     R = G * P
+    assert data.is_contiguous(), f"strides {data.stride()}: rows are written one after the other"
     if R == 0:
         return
     if format == "fp8_rowwise":
         _launch_rows_fp8(x, strides, data, scale, None, None, R, P, C, programs)
         return
-    block_c = min(ROWS_MX_BLOCK, max(MX_BLOCK, 1 << (C - 1).bit_length()))
+    block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
-    _rows_mx[(_cdiv(R, block_r), _cdiv(C, block_c))](
-        x, *strides, _stores(data), None if scale is None else scale.view(torch.uint8), R, P, C,
-        RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+    rows_blocks[(_cdiv(R, block_r), _cdiv(C, block_c))](
+        x, *strides, _stores(data), _scale_bits(scale), R, P, C,
+        SCALING=_SCALING[format], RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=HARDWARE,
     )  # fmt: skip
 
@@ -398,19 +318,14 @@ def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs):
     )  # fmt: skip
 
 
-EMPTY_SCALE = 2.0**-48
-"""Of a column without tokens: that of amax 1e-12."""
-
-
 def _launch_columns(
     x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, amax_is_known=False
 ):
     """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
-    mx = format != "fp8_rowwise"
     maps = (tiles, groups, G, 0 if ragged else R, C)
     strides = (0 if ragged else x.stride(0), x.stride(1), x.stride(2))
-    if not mx:
+    if format == "fp8_rowwise":
         assert amax.shape == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
         if not amax_is_known:
             amax.zero_()
@@ -421,20 +336,22 @@ def _launch_columns(
         if not num_tiles:
             scale.fill_(EMPTY_SCALE)
     if num_tiles:
-        block_c, warps = column_blocks(mx, x.element_size())
+        block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
         _columns[(num_tiles, _cdiv(C, block_c))](
             x, *strides, data.view(torch.int32), *(s // 4 for s in data_strides),
-            scale.view(torch.uint8) if mx else scale, *scale_strides,
+            _scale_bits(scale), *scale_strides,
             amax, *maps,
-            RAGGED=ragged, MX=mx, RCEIL=format == "mxfp8_rceil",
+            SCALING=_SCALING[format], RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
             BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=HARDWARE, num_warps=warps,
         )  # fmt: skip
 
 
-def column_blocks(mx: bool, element_size: int) -> tuple[int, int]:
-    """(columns, warps) of a transposing program. At [128000, 5120] on an H200: fp8 0.48 ms with 128 columns and 0.51
-    with 64, MX 1.13 and 0.67."""
-    return (64, 4) if mx or element_size > 2 else (128, 4)
+def column_blocks(scaling: str, ragged: bool, element_size: int) -> tuple[int, int]:
+    """(columns, warps) of a transposing program. At [128000, 5120] on an H200: fp8_rowwise 0.48 ms with 128 columns and
+    0.51 with 64, MX 1.13 and 0.67. A block of 128 x 128 weights is one program's."""
+    if scaling == "blockwise" and not ragged:
+        return FP8_BLOCK, 4 if element_size == 2 else 8
+    return (64, 4) if scaling == "mx" or element_size > 2 else (128, 4)
 
 
 def quantize_tokens(
@@ -451,9 +368,9 @@ def quantize_tokens(
     """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, transposed and padded.
 
     Args:
-        format: "fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor".
+        format: one of `xmoe.operands.FORMATS`.
         data: e4m3 [C, Mp], written whole.
-        scale: float32 [G, C], or E8M0 [C, Mp/32], written whole.
+        scale: float32 [G, C] ("fp8_rowwise") or [C, Mp/128] ("fp8_blockwise"), or E8M0 [C, Mp/32], written whole.
         amax: int32 [G, C] scratch, for "fp8_rowwise".
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
         amax_is_known: `amax` holds the bits of each column's largest magnitude (`quantize_rows_and_tokens`).
@@ -461,7 +378,8 @@ def quantize_tokens(
     (M, C), Mp = x.shape, data.shape[1]
     _launch_columns(
         x.unsqueeze(0), groups.shape[0] - 1, M, C, format,
-        data, (0, Mp), scale, (0, Mp // MX_BLOCK), amax, tiles, groups, Mp // TOKEN_TILE, amax_is_known,
+        data, (0, Mp), scale, (0, Mp // SCALE_BLOCKS.get(format, TOKEN_TILE)), amax, tiles, groups, Mp // TOKEN_TILE,
+        amax_is_known,
     )  # fmt: skip
 
 
@@ -499,26 +417,30 @@ def quantize_weights(
     Args:
         data: e4m3 [G, P, C], written; or, for an MX format, bf16 that receives data * scale and is contiguous in the
             axis (1 or 2) in which b is.
-        scale: float32 [G, P], or E8M0 [G, P, ceil(C/32)], written; None with bf16 `data`.
+        scale: float32 [G, P] ("fp8_rowwise") or [G, ceil(P/128), ceil(C/128)] ("fp8_blockwise"), or E8M0
+            [G, P, ceil(C/32)], written; None with bf16 `data`.
         amax: int32 [G, P] scratch, for "fp8_rowwise".
         programs: the number of multiprocessors.
     """
     G, P, C = b.shape
-    if b.stride(2) == 1:
+    blockwise = format == "fp8_blockwise"
+    if blockwise and b.stride(2) == 1:
+        square_blocks[(G * _cdiv(P, FP8_BLOCK) * _cdiv(C, FP8_BLOCK),)](
+            b, *b.stride(), data.view(torch.int8), scale, P, C,
+            BLOCK=FP8_BLOCK, HARDWARE=HARDWARE, num_warps=SQUARE_WARPS,
+        )  # fmt: skip
+    elif b.stride(2) == 1:
         quantize_rows(b, format, data, scale, programs)
-        return
-    if scale is None:
+    elif scale is None:
         _launch_straight(b.mT, G, C, P, format, data.mT, None, None, None, G * _cdiv(C, TOKEN_TILE))
-        return
-    _launch_columns(
-        b.mT, G, C, P, format,
-        data, (P * C, C), scale, (P * _cdiv(C, MX_BLOCK), _cdiv(C, MX_BLOCK)),
-        amax, None, None, G * _cdiv(C, TOKEN_TILE),
-    )  # fmt: skip
-
-
-STRAIGHT_BLOCK = 128
-"""Columns of a straight program of one warp: 4 a thread, of 32 rows each; with 8, registers spill."""
+    else:
+        blocks = _cdiv(C, SCALE_BLOCKS.get(format, C))
+        lines = _cdiv(P, FP8_BLOCK) if blockwise else P  # of scales
+        _launch_columns(
+            b.mT, G, C, P, format,
+            data, (P * C, C), scale, (lines * blocks, blocks),
+            amax, None, None, G * _cdiv(C, TOKEN_TILE),
+        )  # fmt: skip
 
 
 def _launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles):
@@ -526,7 +448,7 @@ def _launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles):
     ragged = tiles is not None
     assert data.stride()[1:] == (C, 1), f"strides {data.stride()}: expected rows of {C}"
     if num_tiles:
-        _columns_mx_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), _cdiv(C, STRAIGHT_BLOCK))](
+        columns_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), _cdiv(C, STRAIGHT_BLOCK))](
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
             _stores(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
             tiles, groups, G, 0 if ragged else R, C,
@@ -564,7 +486,7 @@ def dequantize_tokens_straight(
     (M, C), G = data.shape, groups.shape[0] - 1
     blocks = padded_tokens(M, G) // MX_BLOCK
     if blocks:
-        _dequantize_straight[(blocks, _cdiv(C, 512))](
+        dequantize_straight[(blocks, _cdiv(C, 512))](
             data.view(torch.int8), scale.view(torch.uint8), out, tiles, groups, G, C,
             BLOCK_R=TOKEN_TILE, BLOCK_C=512, HARDWARE=HARDWARE, num_warps=1,
         )  # fmt: skip

@@ -51,6 +51,22 @@ def _map_tiles(offs_ptr, tiles_ptr, groups_ptr, M, G, TILE: tl.constexpr, G_BLOC
             tl.store(row + 2, tl.zeros_like(tile) + end, tile < count)
 
 
+@triton.jit
+def tile_rows(tile, tiles_ptr, groups_ptr, G, R, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """(group, first row, end row) of a tile; a tile past the last one is empty. Rows of a dense group count from 0."""
+    if RAGGED:
+        used = tl.load(groups_ptr + G * 4 + 2)
+        group = tl.load(tiles_ptr + tile * 4, tile < used, 0)
+        first = tl.load(tiles_ptr + tile * 4 + 1, tile < used, 0)
+        end = tl.load(tiles_ptr + tile * 4 + 2, tile < used, 0)
+    else:
+        per_group = tl.cdiv(R, BLOCK_R)
+        group = tile // per_group
+        first = tile % per_group * BLOCK_R
+        end = R
+    return group, first, end
+
+
 def map_tiles(offs: torch.Tensor, M: int, tile: int, tiles: torch.Tensor, groups: torch.Tensor) -> None:
     """Write the tile map of `offs`.
 

@@ -19,7 +19,7 @@ from triton.testing import do_bench
 
 from xmoe.kernels import grouped_gemm, tiles, tuning
 from xmoe.kernels.tuning import GemmTiles
-from xmoe.operands import TOKEN_TILE, padded_tokens
+from xmoe.operands import FP8_BLOCK, TOKEN_TILE, padded_tokens
 from xmoe.shapes import ALL, Shape, offsets
 
 CLASSES = {
@@ -29,11 +29,11 @@ CLASSES = {
 }
 """Shapes that stand for a class; "few" takes them with 128 tokens a group."""
 
-ELEMENT_BYTES = {"fp8": 1, "mx": 1, "bf16": 2}
+ELEMENT_BYTES = {"fp8": 1, "blockwise": 1, "mx": 1, "bf16": 2}
 
 
 def candidates(element: str) -> Iterator[GemmTiles]:
-    """Tile shapes worth a try: 128 bytes of the contraction a step, as TMA swizzles them."""
+    """Tile shapes worth a try: 128 bytes of the contraction a step, as TMA swizzles them; also a block of scales."""
     depth = 128 // ELEMENT_BYTES[element]
     for (rows, cols), stages, band in itertools.product(
         [(128, 256), (256, 128), (128, 128), (64, 256), (64, 128)], (3, 4), (4, 8, 16)
@@ -52,21 +52,25 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, device="cuda", dtype=torch.bfloat16).to(dtype)
 
+    blockwise = element == "blockwise"
+
     def scales(*rows: int, C: int) -> torch.Tensor | None:
         if element == "bf16":
             return None
         if element == "fp8":
             return torch.rand(rows, device="cuda") + 0.5
+        if blockwise:
+            return torch.rand(*rows, -(-C // FP8_BLOCK), device="cuda") + 0.5
         return torch.full((*rows, -(-C // 32)), 127, dtype=torch.uint8, device="cuda").view(torch.float8_e8m0fnu)
 
     if kernel == "grouped_mm":
         a, b, out = random(M, K), random(G, N, K), torch.empty(M, N, dtype=out_dtype, device="cuda")
-        a_scale, b_scale = scales(M, C=K), scales(G, N, C=K)
+        a_scale, b_scale = scales(M, C=K), scales(G, -(-N // FP8_BLOCK) if blockwise else N, C=K)
 
         def launch(t: GemmTiles) -> None:
             token_tiles = torch.empty(tiles.max_tiles(M, G, t.rows), 4, dtype=torch.int32, device="cuda")
             tiles.map_tiles(offs, M, t.rows, token_tiles, groups)
-            grouped_gemm.grouped_mm(a, a_scale, b, b_scale, token_tiles, groups, out, t, programs)
+            grouped_gemm.grouped_mm(a, a_scale, b, b_scale, token_tiles, groups, out, t, programs, blockwise=blockwise)
 
         return launch
 
@@ -78,7 +82,7 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
     tiles.map_tiles(offs, M, TOKEN_TILE, token_tiles, groups)
 
     def launch_tokens(t: GemmTiles) -> None:
-        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, t, programs)
+        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, t, programs, blockwise=blockwise)
 
     return launch_tokens
 
@@ -92,8 +96,11 @@ def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
             shape = shape._replace(M=128 * shape.G)
         launch = problem(kernel, element, shape, torch.float32 if shape_class == "heavy" else torch.bfloat16)
         for t in candidates(element):
-            if shape_class == "heavy" and element == "fp8" and t.rows * t.cols > 128 * 128:
-                continue  # precise accumulation keeps two accumulators: these would spill
+            two_accumulators = element == "blockwise" or (shape_class == "heavy" and element == "fp8")
+            if two_accumulators and t.rows * t.cols > 128 * 128:
+                continue  # these would spill
+            if element == "blockwise" and kernel == "grouped_mm" and t.cols > FP8_BLOCK:
+                continue  # a tile's columns share one block of weights
             try:
                 timed = do_bench(lambda t=t, launch=launch: launch(t), warmup=10, rep=40, return_mode="median")
                 ms = cast(float, timed)
@@ -137,7 +144,7 @@ def write(capability: tuple[int, int], found: dict[tuple[str, str, str], GemmTil
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kernels", default="grouped_mm,grouped_mm_tokens")
-    parser.add_argument("--elements", help="fp8,bf16 (default: what this GPU's table has)")
+    parser.add_argument("--elements", help="fp8,blockwise,bf16 (default: what this GPU's table has)")
     parser.add_argument("--classes", default=",".join(CLASSES))
     args = parser.parse_args()
     capability = torch.cuda.get_device_capability()

@@ -61,9 +61,9 @@ def lookup(kernel: str, element: str, capability: tuple[int, int], M: int, G: in
 
     Args:
         kernel: "grouped_mm" or "grouped_mm_tokens".
-        element: "fp8", "mx" or "bf16".
+        element: "fp8", "blockwise", "mx" or "bf16".
         M, G: tokens and groups.
-        heavy: float32 output or precise accumulation, which take twice the shared memory or registers.
+        heavy: float32 output or (not "blockwise") precise accumulation: twice the shared memory or registers.
     """
     classes = table()[arch(capability)][kernel][element]
     if heavy:

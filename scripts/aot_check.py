@@ -25,8 +25,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xmoe.kernels import grouped_gemm, quantize, tiles, tuning
-from xmoe.operands import TOKEN_TILE
+from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, tiles, tuning
+from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes a block can have (CUDA C++ Programming Guide, table of technical specifications)."""
@@ -69,35 +69,46 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
         yield Case(f"long_rows_fp8[{dtype}]", quantize._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
                    {"stride_xc": 1, "BLOCK_C": 4096, "HARDWARE": True}, sm, divisible=("stride_xr", "C"))  # fmt: skip
         for fmt, bf16_out in (("rceil", False), ("floor", False), ("rceil", True)):
-            mx = {"RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": True}
+            mx = {"SCALING": "mx", "RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": True}
             data = {"data_ptr": "*bf16" if bf16_out else i8}
             scale = {"scale_ptr": None} if bf16_out else {}
-            yield Case(f"rows_mx[{dtype},{fmt},bf16_out={bf16_out}]", quantize._rows_mx,
+            yield Case(f"rows_blocks[{dtype},{fmt},bf16_out={bf16_out}]", quantize_blocks.rows_blocks,
                        x | data | {"scale_ptr": u8},
-                       mx | scale | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROWS_MX_BLOCK}, sm,
+                       mx | scale | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROW_BLOCKS}, sm,
                        divisible=("stride_xr", "C"))  # fmt: skip
             for ragged in (True, False):
                 if not bf16_out:
                     yield columns_case(f"{dtype},{fmt},ragged={ragged}", x | {"scale_ptr": u8},
-                                       {"RCEIL": mx["RCEIL"], "HARDWARE": True, "amax_ptr": None, "MX": True}, ragged,
-                                       sm)  # fmt: skip
+                                       {"SCALING": "mx", "RCEIL": mx["RCEIL"], "HARDWARE": True, "amax_ptr": None},
+                                       ragged, sm)  # fmt: skip
                 if ragged or bf16_out:
-                    yield Case(f"columns_mx_straight[{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}]",
-                               quantize._columns_mx_straight,
+                    yield Case(f"columns_straight[{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}]",
+                               quantize_blocks.columns_straight,
                                x | data | {"scale_ptr": u8, "tiles_ptr": i32, "groups_ptr": i32},
-                               mx | scale | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
+                               {"RCEIL": mx["RCEIL"], "DEQUANTIZE": bf16_out, "HARDWARE": True} | scale
+                               | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                                | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE,
                                   "BLOCK_C": quantize.STRAIGHT_BLOCK}, sm, 1,
-                               divisible=("stride_xr", "C", "stride_dg", "R"))  # fmt: skip
+                               divisible=("stride_xg", "stride_xr", "C", "stride_dg", "R"))  # fmt: skip
+        blockwise = {"SCALING": "blockwise", "RCEIL": False, "HARDWARE": True}
+        yield Case(f"rows_blocks[{dtype},blockwise]", quantize_blocks.rows_blocks,
+                   x | {"data_ptr": i8, "scale_ptr": f32},
+                   blockwise | {"DEQUANTIZE": False, "stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROW_BLOCKS}, sm,
+                   divisible=("stride_xr", "C"))  # fmt: skip
+        yield Case(f"square_blocks[{dtype}]", quantize_blocks.square_blocks, x | {"data_ptr": i8, "scale_ptr": f32},
+                   {"stride_xc": 1, "BLOCK": FP8_BLOCK, "HARDWARE": True}, sm, quantize.SQUARE_WARPS,
+                   divisible=("stride_xg", "stride_xp", "P", "C"))  # fmt: skip
         for ragged in (True, False):
             maps = {"tiles_ptr": i32, "groups_ptr": i32, "amax_ptr": i32}
             yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize._columns_amax, x | maps,
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                        | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
-            fp8 = {"MX": False, "RCEIL": False, "HARDWARE": True}
-            yield columns_case(f"{dtype},fp8,ragged={ragged}", x | {"scale_ptr": f32}, fp8, ragged, sm)
-    yield Case("dequantize_straight", quantize._dequantize_straight,
+            rowwise = blockwise | {"SCALING": "rowwise"}
+            yield columns_case(f"{dtype},rowwise,ragged={ragged}", x | {"scale_ptr": f32}, rowwise, ragged, sm)
+            yield columns_case(f"{dtype},blockwise,ragged={ragged}", x | {"scale_ptr": f32},
+                               blockwise | {"amax_ptr": None}, ragged, sm)  # fmt: skip
+    yield Case("dequantize_straight", quantize_blocks.dequantize_straight,
                {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16", "tiles_ptr": i32, "groups_ptr": i32},
                {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": True}, sm, 1, divisible=("C",))  # fmt: skip
 
@@ -105,7 +116,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
 def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
     types = types | dict.fromkeys(("data_ptr", "tiles_ptr", "groups_ptr", "amax_ptr"), "*i32")
     constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
-    block, warps = quantize.column_blocks(constants["MX"], 2 if types["x_ptr"] == "*bf16" else 4)
+    block, warps = quantize.column_blocks(constants["SCALING"], ragged, 2 if types["x_ptr"] == "*bf16" else 4)
     constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": block}
     return Case(f"columns[{label}]", quantize._columns, types, constants, sm, warps,
                 divisible=("stride_xr", "stride_dc", "C", "R"))  # fmt: skip
@@ -150,14 +161,14 @@ def loads(shape_class: str, elements: str) -> tuple[tuple[str, bool], ...]:
     """(output type, precise) of the launches that a line of the tuning table serves."""
     if shape_class != "heavy":
         return (("bf16", False),)
-    if elements == "mx":  # `select` gives precise accumulation to the bf16 kernels
+    if elements in ("mx", "blockwise"):  # `select` gives precise MX to the bf16 kernels; blockwise is precise anyway
         return (("fp32", False),)
     return ("fp32", False), ("bf16", True), ("fp32", True)
 
 
 def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, constants, label) -> Case:
     dtype = "bf16" if elements == "bf16" else "fp8e4nv"
-    scaling = {"fp8": "rowwise", "mx": "mx", "bf16": "none"}[elements]
+    scaling = {"fp8": "rowwise", "blockwise": "blockwise", "mx": "mx", "bf16": "none"}[elements]
     scale_type = "*u8" if elements == "mx" else "*fp32"
     no_scales = {"a_scale_ptr": None, "b_scale_ptr": None} if elements == "bf16" else {}
     types = {
@@ -165,9 +176,11 @@ def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, con
         "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "a_scale_ptr": scale_type, "b_scale_ptr": scale_type,
         "tiles_ptr": "*i32", "groups_ptr": "*i32",
     }  # fmt: skip
-    constants = constants | no_scales | {"SCALING": scaling, "PRECISE": precise, "PROGRAMS": 132, "BAND": t.band}
+    constants = constants | no_scales | {"SCALING": scaling, "PRECISE": precise, "PROGRAMS": 132, "BAND": t.band,
+                                         "STAGES": t.stages if scaling == "blockwise" else None}  # fmt: skip
+    instruction = INSTRUCTIONS[sm, "fp8" if elements == "blockwise" else elements]
     label = f"{name}[{elements},{out},{label}{',precise' if precise else ''}]"
-    return Case(label, kernel, types, constants, sm, t.warps, t.stages, INSTRUCTIONS[sm, elements], ("P", "Q", "C"))
+    return Case(label, kernel, types, constants, sm, t.warps, t.stages, instruction, ("P", "Q", "C"))
 
 
 def compile_case(case: Case) -> list[str]:

@@ -23,6 +23,7 @@ from xmoe.config import (
     BF16GroupedMMRecipe,
     FP8GroupedMMConfig,
     FP8GroupedMMRecipe,
+    Granularity,
     GroupedMMConfig,
     KernelPreference,
     MXFP8GroupedMMConfig,
@@ -45,7 +46,8 @@ def all_configs():
         fields = {"kernel_preference": preference, "out_dtype": out_dtype, "accumulation": accumulation, "debug": debug}
         if not hp:
             yield BF16GroupedMMConfig(**fields)
-        yield FP8GroupedMMConfig(**fields, wgrad_with_hp=hp)
+        for granularity in Granularity:
+            yield FP8GroupedMMConfig(**fields, wgrad_with_hp=hp, granularity=granularity)
         for mode in ScaleCalculationMode:
             yield MXFP8GroupedMMConfig(**fields, wgrad_with_hp=hp, scale_calculation_mode=mode)
 
@@ -56,6 +58,8 @@ EXPECTED = {
     "bf16": BF16GroupedMMConfig(),
     "fp8_rowwise": FP8GroupedMMConfig(),
     "fp8_rowwise_wgrad_with_hp": FP8GroupedMMConfig(wgrad_with_hp=True),
+    "fp8_blockwise": FP8GroupedMMConfig(granularity=Granularity.BLOCKWISE),
+    "fp8_blockwise_wgrad_with_hp": FP8GroupedMMConfig(granularity=Granularity.BLOCKWISE, wgrad_with_hp=True),
     "mxfp8_rceil": MXFP8GroupedMMConfig(),
     "mxfp8_rceil_wgrad_with_hp": MXFP8GroupedMMConfig(wgrad_with_hp=True),
     "mxfp8_emulated_rceil": MXFP8GroupedMMConfig(kernel_preference=KernelPreference.EMULATED),
@@ -95,6 +99,7 @@ def test_recipe_enums(enum):
     [
         (BF16GroupedMMConfig(), "bf16"),
         (FP8GroupedMMConfig(wgrad_with_hp=True), "fp8_rowwise"),
+        (FP8GroupedMMConfig(granularity="blockwise"), "fp8_blockwise"),
         (MXFP8GroupedMMConfig(kernel_preference=KernelPreference.EMULATED), "mxfp8_rceil"),
         (MXFP8GroupedMMConfig(scale_calculation_mode=ScaleCalculationMode.FLOOR, wgrad_with_hp=True), "mxfp8_floor"),
     ],
@@ -108,7 +113,7 @@ def test_format(config, fmt):
     [
         (FP8GroupedMMConfig, "mxfp8_rceil", "not a recipe of FP8GroupedMMConfig; use MXFP8GroupedMMConfig"),
         (MXFP8GroupedMMConfig, BF16GroupedMMRecipe.BF16, "'bf16' is not a recipe of .*; use BF16GroupedMMConfig"),
-        (FP8GroupedMMConfig, "fp8", "'fp8' is not known; use one of fp8_rowwise, fp8_rowwise_wgrad_with_hp$"),
+        (FP8GroupedMMConfig, "fp8", "'fp8' is not known; use one of fp8_rowwise, .*, fp8_blockwise_wgrad_with_hp$"),
         (GroupedMMConfig, "fp8", "'fp8' is not known; use one of bf16, fp8_rowwise, .*, mxfp8_emulated_floor$"),
         (GroupedMMConfig, None, "recipe=None is not known"),
     ],
@@ -185,9 +190,15 @@ def test_other_dtypes_are_refused(dtype):
         (FP8GroupedMMConfig, {"kernel_preference": None}, "kernel_preference=None"),
         (FP8GroupedMMConfig, {"accumulation": "slow"}, "accumulation='slow'.*fast, precise$"),
         (MXFP8GroupedMMConfig, {"scale_calculation_mode": "even"}, "scale_calculation_mode='even'.*rceil, floor$"),
+        (FP8GroupedMMConfig, {"granularity": "tensorwise"}, "granularity='tensorwise'.*rowwise, blockwise$"),
+        (MXFP8GroupedMMConfig, {"granularity": "rowwise"}, "granularity: not a field of MXFP8"),
         (FP8GroupedMMConfig, {"wgrad_with_hp": "true"}, "wgrad_with_hp='true' is not a boolean"),
         (FP8GroupedMMConfig, {"debug": 1}, "debug=1 is not a boolean"),
-        (FP8GroupedMMConfig, {"recipe": "fp8_rowwise"}, "recipe: not a field of FP8GroupedMMConfig; .*debug$"),
+        (
+            FP8GroupedMMConfig,
+            {"recipe": "fp8_rowwise"},
+            "recipe: not a field of FP8GroupedMMConfig; .*debug, granularity$",
+        ),
         (FP8GroupedMMConfig, {"scale_calculation_mode": "rceil"}, "scale_calculation_mode: not a field of FP8"),
         (FP8GroupedMMConfig, {"_key": ""}, "_key: not a field"),
         (BF16GroupedMMConfig, {"wgrad_with_hp": True}, "wgrad_with_hp=True means nothing to BF16GroupedMMConfig"),
@@ -261,6 +272,13 @@ def test_nearest_recipe_and_differences():
     assert config.to_dict() == {"recipe": "mxfp8_emulated_rceil", "out_dtype": "float32", "wgrad_with_hp": True}
     triton = MXFP8GroupedMMConfig(kernel_preference="triton", wgrad_with_hp=True)
     assert triton.to_dict() == {"recipe": "mxfp8_rceil_wgrad_with_hp", "kernel_preference": "triton"}
+
+
+def test_granularity_is_the_recipes():
+    config = FP8GroupedMMConfig(granularity="blockwise", out_dtype="float32")
+    assert config.to_key() == "fp8_blockwise;out_dtype=float32"
+    assert config.to_dict() == {"recipe": "fp8_blockwise", "out_dtype": "float32"}
+    assert FP8GroupedMMConfig().granularity is Granularity.ROWWISE
 
 
 def test_a_recipes_own_field_can_be_overridden():

@@ -14,6 +14,7 @@ from xmoe.config import BF16GroupedMMConfig as BF16GroupedMMConfig
 from xmoe.config import BF16GroupedMMRecipe as BF16GroupedMMRecipe
 from xmoe.config import FP8GroupedMMConfig as FP8GroupedMMConfig
 from xmoe.config import FP8GroupedMMRecipe as FP8GroupedMMRecipe
+from xmoe.config import Granularity as Granularity
 from xmoe.config import GroupedMMConfig as GroupedMMConfig
 from xmoe.config import KernelPreference as KernelPreference
 from xmoe.config import MXFP8GroupedMMConfig as MXFP8GroupedMMConfig

@@ -49,6 +49,15 @@ class Accumulation(StrEnum):
     """Promoted to float32 registers after every K tile."""
 
 
+class Granularity(StrEnum):
+    """What shares one scale of ``FP8GroupedMMConfig`` (``docs/design.md``, Operand layouts)."""
+
+    ROWWISE = "rowwise"
+    """A row of the operand, all along its contraction (wgrad: a group's tokens)."""
+    BLOCKWISE = "blockwise"
+    """128 elements of a row (wgrad: 128 tokens), or a block of 128x128 weights, as in DeepSeek-V3."""
+
+
 class BF16GroupedMMRecipe(StrEnum):
     """Recipes of ``BF16GroupedMMConfig``."""
 
@@ -60,6 +69,8 @@ class FP8GroupedMMRecipe(StrEnum):
 
     FP8_ROWWISE = "fp8_rowwise"
     FP8_ROWWISE_WGRAD_WITH_HP = "fp8_rowwise_wgrad_with_hp"
+    FP8_BLOCKWISE = "fp8_blockwise"
+    FP8_BLOCKWISE_WGRAD_WITH_HP = "fp8_blockwise_wgrad_with_hp"
 
 
 class MXFP8GroupedMMRecipe(StrEnum):
@@ -103,6 +114,7 @@ class GroupedMMConfig:
     wgrad_with_hp: bool = False
     """Compute the weight gradient from bfloat16 operands."""
     accumulation: Accumulation = Accumulation.FAST
+    """No effect on blockwise operands: their partial products are scaled and added in float32 registers anyway."""
     debug: bool = False
     """Check the offsets at every call, which waits for the device: for debugging only. On a bad one PyTorch raises
     ValueError and JAX logs an error: an exception on one shard would leave the others waiting for it."""
@@ -140,7 +152,7 @@ class GroupedMMConfig:
 
     @property
     def format(self) -> str:
-        """Of the operands: "bf16", "fp8_rowwise", "mxfp8_rceil" or "mxfp8_floor"."""
+        """Of the operands: "bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil" or "mxfp8_floor"."""
         raise NotImplementedError
 
     @property
@@ -210,13 +222,18 @@ class BF16GroupedMMConfig(GroupedMMConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FP8GroupedMMConfig(GroupedMMConfig):
-    """e4m3 with one float32 power-of-two scale per row of each operand along its contraction."""
+    """e4m3 with float32 power-of-two scales, one for a row of each operand along its contraction or for a block."""
+
+    granularity: Granularity = Granularity.ROWWISE
 
     recipe_enum = FP8GroupedMMRecipe
 
+    def _check(self) -> None:
+        self._set("granularity", _member("granularity", self.granularity, Granularity))
+
     @property
     def format(self) -> str:
-        return "fp8_rowwise"
+        return f"fp8_{self.granularity}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +268,8 @@ _OWNERS: dict[str, type[GroupedMMConfig]] = {str(r): cls for cls in _CLASSES.val
 def _recipe_fields(recipe: str) -> dict[str, Any]:
     """What a recipe's name says, as config fields."""
     fields: dict[str, Any] = {}
+    if recipe.startswith("fp8"):
+        fields["granularity"] = Granularity.BLOCKWISE if "blockwise" in recipe else Granularity.ROWWISE
     if recipe.startswith("mxfp8"):
         floor = "floor" in recipe
         fields["scale_calculation_mode"] = ScaleCalculationMode.FLOOR if floor else ScaleCalculationMode.RCEIL

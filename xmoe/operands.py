@@ -5,7 +5,7 @@ from typing import Any, Generic, TypeVar
 
 Array = TypeVar("Array")
 
-FORMATS = ("fp8_rowwise", "mxfp8_rceil", "mxfp8_floor")
+FORMATS = ("fp8_rowwise", "fp8_blockwise", "mxfp8_rceil", "mxfp8_floor")
 """Of quantized operands; a config's format may be "bf16" too."""
 FEATURE_MULTIPLE = 16
 """K and N are multiples of this: 8-bit rows of 16 bytes, on every device (docs/design.md)."""
@@ -13,6 +13,11 @@ TOKEN_TILE = 128
 """Each group's tokens start at a multiple of this in a wgrad operand (tokens)."""
 MX_BLOCK = 32
 """Elements that share one E8M0 scale (OCP Microscaling Formats v1.0, section 5)."""
+
+FP8_BLOCK = 128
+"""Elements of the contraction that share one scale of ``fp8_blockwise``; also a weight block's other side."""
+SCALE_BLOCKS = {"fp8_blockwise": FP8_BLOCK, "mxfp8_rceil": MX_BLOCK, "mxfp8_floor": MX_BLOCK}
+"""Elements of the contraction that share a scale, in the formats that have more than one scale a row."""
 
 
 def padded_tokens(M: int, G: int) -> int:
@@ -31,7 +36,7 @@ class QuantizedOperand(Generic[Array]):
     data: Array
     """float8_e4m3fn."""
     scale: Array
-    """float32 (``fp8_rowwise``) or float8_e8m0fnu (``mxfp8_*``)."""
+    """float32 (``fp8_*``) or float8_e8m0fnu (``mxfp8_*``)."""
     axis: str
     """The logical axis that one scale covers: "K", "N" or "tokens"."""
     format: str

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xmoe.config import GroupedMMConfig
-from xmoe.operands import FORMATS, MX_BLOCK, TOKEN_TILE, QuantizedOperand, padded_tokens
+from xmoe.operands import FORMATS, FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand, padded_tokens
 
 Array = NDArray[np.generic]
 Operand = QuantizedOperand[Array]
@@ -22,7 +22,7 @@ Float64 = NDArray[np.float64]
 
 _INF_BITS = 0x7F800000
 _NAN_BITS = 0x7FC00000
-_MIN_ROW_AMAX_BITS = int(np.float32(1e-12).view(np.int32))
+_MIN_FP8_AMAX_BITS = int(np.float32(1e-12).view(np.int32))
 _MANTISSA_OF_448 = 0x600000
 """448 = 1.75 * 2^8: a mantissa beyond this makes amax/448 exceed a power of two."""
 _E4M3_MAX, _E4M3_NAN = 448.0, 0x7F
@@ -57,7 +57,7 @@ def token_layout(offs: ArrayLike, M: int) -> list[TokenGroup]:
 
 
 def quantize_rows(x: Array, fmt: str, *, axis: str = "K") -> Operand:
-    """Quantizes x [R, C] along C: e4m3 [R, C]; scale float32 [R] or E8M0 [R, ceil(C/32)].
+    """Quantizes x [R, C] along C: e4m3 [R, C]; scale float32 [R] or [R, ceil(C/128)], or E8M0 [R, ceil(C/32)].
 
     x is bfloat16, float16 or float32; ``axis`` is the name C goes by. Raises ValueError on another shape, dtype or fmt.
     """
@@ -68,35 +68,36 @@ def quantize_rows(x: Array, fmt: str, *, axis: str = "K") -> Operand:
 def quantize_weights(B: Array, axis: str, fmt: str) -> Operand:
     """Quantizes B [G, K, N] along ``axis``, which becomes the last one of the data.
 
-    "K" (fwd): e4m3 [G, N, K]; scale float32 [G, N] or E8M0 [G, N, ceil(K/32)].
-    "N" (dgrad): e4m3 [G, K, N]; scale float32 [G, K] or E8M0 [G, K, ceil(N/32)].
+    "K" (fwd): e4m3 [G, N, K]; scale float32 [G, N] or [G, ceil(N/128), ceil(K/128)], or E8M0 [G, N, ceil(K/32)].
+    "N" (dgrad): e4m3 [G, K, N]; scale float32 [G, K] or [G, ceil(K/128), ceil(N/128)], or E8M0 [G, K, ceil(N/32)].
     """
     if axis not in ("K", "N"):
         raise ValueError(f"axis={axis!r} is not an axis of B's contractions; use 'K' (fwd) or 'N' (dgrad)")
     x = _float32("B", B, 3)
-    data, scale = _quantize_last_axis(x.swapaxes(1, 2) if axis == "K" else x, fmt)
+    quantize = _quantize_squares if fmt == "fp8_blockwise" else _quantize_last_axis
+    data, scale = quantize(x.swapaxes(1, 2) if axis == "K" else x, fmt)
     return _operand(data, scale, axis, fmt)
 
 
 def quantize_tokens(x: Array, offs: ArrayLike, fmt: str) -> Operand:
-    """Quantizes x [M, C] along the tokens of each group (wgrad): e4m3 [C, Mp]; scale float32 [G, C] or E8M0 [C, Mp/32].
+    """Quantizes x [M, C] along the tokens of each group (wgrad): e4m3 [C, Mp]; scale float32 [G, C] or [C, Mp/128], or
+    E8M0 [C, Mp/32].
 
-    Columns without a token are zero, also beside a poisoned token; blocks without one have scale byte 0. A group
-    without tokens has the rowwise scale of a zero row.
+    Columns without a token are zero, also beside a poisoned token. A block, or a rowwise group, without one has the
+    scale of zeros.
     """
     x = _float32("x", x, 2)
     (M, C), groups = x.shape, token_layout(offs, x.shape[0])
-    data = np.zeros((C, padded_tokens(M, len(groups))), np.uint8)
-    if _checked(fmt) == "fp8_rowwise":
+    zeros = np.zeros((C, padded_tokens(M, len(groups))), np.float32)
+    data, scale = _quantize_last_axis(zeros, fmt)
+    if fmt == "fp8_rowwise":
         scale = np.empty((len(groups), C), np.float32)
-    else:
-        scale = np.zeros((C, data.shape[1] // MX_BLOCK), np.uint8)
     for g, group in enumerate(groups):
         data[:, group.columns], group_scale = _quantize_last_axis(x[group.start : group.end].T, fmt)
         if fmt == "fp8_rowwise":
             scale[g] = group_scale
         else:
-            first = group.column // MX_BLOCK
+            first = group.column // SCALE_BLOCKS[fmt]
             scale[:, first : first + group_scale.shape[1]] = group_scale
     return _operand(data, scale, "tokens", fmt)
 
@@ -108,9 +109,13 @@ def dequantize(operand: Operand, offs: ArrayLike | None = None) -> Float64:
     """
     data = operand.data.astype(np.float64)
     if operand.format != "fp8_rowwise":
-        byte = operand.scale.view(np.uint8).astype(np.int32)
-        scale = np.where(byte == _E8M0_NAN, np.nan, np.ldexp(1.0, byte - 127))
-        return data * np.repeat(scale, MX_BLOCK, axis=-1)[..., : data.shape[-1]]
+        scale = operand.scale.astype(np.float64)
+        if operand.format != "fp8_blockwise":
+            byte = operand.scale.view(np.uint8).astype(np.int32)
+            scale = np.where(byte == _E8M0_NAN, np.nan, np.ldexp(1.0, byte - 127))
+        elif data.ndim == 3:  # weights
+            scale = np.repeat(scale, FP8_BLOCK, axis=1)[:, : data.shape[1]]
+        return data * np.repeat(scale, SCALE_BLOCKS[operand.format], axis=-1)[..., : data.shape[-1]]
     if operand.axis != "tokens":
         return data * operand.scale[..., None].astype(np.float64)
     if offs is None:
@@ -217,26 +222,42 @@ def _bf16(name: str, x: Array, ndim: int) -> Float64:
 
 
 def _operand(data: Array, scale: Array, axis: str, fmt: str) -> Operand:
-    scale = scale if fmt == "fp8_rowwise" else scale.view(ml_dtypes.float8_e8m0fnu)
+    scale = scale.view(ml_dtypes.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
     return QuantizedOperand(np.ascontiguousarray(data).view(ml_dtypes.float8_e4m3fn), scale, axis, fmt)
 
 
 def _quantize_last_axis(x: NDArray[np.float32], fmt: str) -> tuple[NDArray[np.uint8], Array]:
-    """x [..., C] -> e4m3 bytes [..., C] and scales: float32 [...] or E8M0 bytes [..., ceil(C/32)]."""
+    """x [..., C] -> e4m3 bytes [..., C] and scales: float32 [...] or [..., ceil(C/128)], or E8M0 [..., ceil(C/32)]."""
     if _checked(fmt) == "fp8_rowwise":
-        amax = np.maximum(_amax_bits(x), _MIN_ROW_AMAX_BITS)
-        exponent, poisoned = _exponent(amax, ceil=True), amax >= _INF_BITS
-        scale_bits = np.where(poisoned, _NAN_BITS, (exponent + 127) << 23).astype(np.int32)
-        return _cast(x, exponent, poisoned), scale_bits.view(np.float32)
+        return _quantize_blocks(x, fmt)
     *lead, C = x.shape
-    count = -(-C // MX_BLOCK)
-    padding = [(0, 0)] * len(lead) + [(0, count * MX_BLOCK - C)]
-    blocks = np.pad(x, padding).reshape(*lead, count, MX_BLOCK)
-    amax = _amax_bits(blocks)
-    byte = np.clip(_exponent(amax, ceil=fmt == "mxfp8_rceil") + 127, 0, _E8M0_MAX_FINITE)
+    size = SCALE_BLOCKS[fmt]
+    count = -(-C // size)
+    padding = [(0, 0)] * len(lead) + [(0, count * size - C)]
+    data, scale = _quantize_blocks(np.pad(x, padding).reshape(*lead, count, size), fmt)
+    return data.reshape(*lead, count * size)[..., :C], scale
+
+
+def _quantize_squares(x: NDArray[np.float32], fmt: str) -> tuple[NDArray[np.uint8], Array]:
+    """x [G, P, C] -> e4m3 bytes [G, P, C] and float32 scales [G, ceil(P/128), ceil(C/128)]."""
+    G, P, C = x.shape
+    rows, cols = -(-P // FP8_BLOCK), -(-C // FP8_BLOCK)
+    x = np.pad(x, [(0, 0), (0, rows * FP8_BLOCK - P), (0, cols * FP8_BLOCK - C)])
+    squares = x.reshape(G, rows, FP8_BLOCK, cols, FP8_BLOCK).swapaxes(2, 3)
+    data, scale = _quantize_blocks(squares.reshape(G, rows, cols, FP8_BLOCK * FP8_BLOCK), fmt)
+    return data.reshape(squares.shape).swapaxes(2, 3).reshape(x.shape)[:, :P, :C], scale
+
+
+def _quantize_blocks(x: NDArray[np.float32], fmt: str) -> tuple[NDArray[np.uint8], Array]:
+    """x [..., B], one block in each row -> e4m3 bytes [..., B] and scales [...], float32 or E8M0 bytes."""
+    amax = _amax_bits(x)
     poisoned = amax >= _INF_BITS
-    data = _cast(blocks, byte - 127, poisoned).reshape(*lead, count * MX_BLOCK)
-    return data[..., :C], np.where(poisoned, _E8M0_NAN, byte).astype(np.uint8)
+    if fmt.startswith("mxfp8"):
+        byte = np.clip(_exponent(amax, ceil=fmt == "mxfp8_rceil") + 127, 0, _E8M0_MAX_FINITE)
+        return _cast(x, byte - 127, poisoned), np.where(poisoned, _E8M0_NAN, byte).astype(np.uint8)
+    exponent = _exponent(np.maximum(amax, _MIN_FP8_AMAX_BITS), ceil=True)
+    scale_bits = np.where(poisoned, _NAN_BITS, (exponent + 127) << 23).astype(np.int32)
+    return _cast(x, exponent, poisoned), scale_bits.view(np.float32)
 
 
 def _amax_bits(x: NDArray[np.float32]) -> NDArray[np.int32]:

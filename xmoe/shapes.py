@@ -58,11 +58,12 @@ SMALL: tuple[Shape, ...] = (
     Shape("one_tile", 128, 128, 128, 1),
     Shape("blocks_of_32", 96, 64, 96, 3),
     Shape("short_last_block", 100, 80, 48, 4),
+    Shape("short_block_of_128", 300, 144, 272, 2),
     Shape("least_features", 40, 16, 16, 5),
     Shape("more_groups_than_tokens", 3, 32, 64, 8),
     Shape("no_tokens", 0, 32, 32, 2),
 )
-"""For the CPU: every way that a size can miss a tile or an MX block, in well under a second each."""
+"""For the CPU: every way that a size can miss a tile or a block of scales, in well under a second each."""
 
 LAYERS: dict[str, LayerShape] = {
     layer.name: layer

@@ -18,7 +18,7 @@ from xmoe.config import RECIPES, FP8GroupedMMConfig, config_from_recipe
 from xmoe.jax_frontend import bridge, plan, ragged_dot
 from xmoe.jax_frontend.plan import make_plan
 from xmoe.kernels import emulation
-from xmoe.operands import QuantizedOperand
+from xmoe.operands import FORMATS, QuantizedOperand
 
 
 def reference(A: torch.Tensor, B: torch.Tensor, dOut: torch.Tensor, offs: torch.Tensor, recipe: str) -> list:
@@ -65,7 +65,7 @@ def test_is_the_pytorch_emulation(recipe: str, transposed: bool) -> None:
         np.testing.assert_array_equal(bytes_of(got), bytes_of(expected), err_msg=name)
 
 
-@pytest.mark.parametrize("fmt", ["fp8_rowwise", "mxfp8_rceil", "mxfp8_floor"])
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_what_the_forward_saves_is_the_wgrad_operand(fmt: str) -> None:
     A, B = jnp.asarray(values("poisoned", (100, 48))), jnp.ones((3, 48, 16))
     sizes = jnp.array([40, 0, 50], jnp.int32)

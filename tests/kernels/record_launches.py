@@ -71,7 +71,7 @@ for capability in ((9, 0), (10, 0)):
     pipeline.device_of = lambda *_, view=view: view
     pipeline.warm_up.cache_clear()
     binders.clear()
-    for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil"):
+    for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"):
         config = config_from_recipe(recipe)
         for M, G in ((16, 1), (2048, 1), (1000, 1), (1000, 8), (2048, 4)):
             for dtype in ("bfloat16", "float32"):

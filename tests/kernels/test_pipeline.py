@@ -101,7 +101,7 @@ def test_recipes(recipe, pattern):
 @pytest.mark.parametrize("stored", ["GKN", "GNK"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("accumulation", ["fast", "precise"])
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"])
 def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
     config = dataclasses.replace(config_from_recipe(recipe), accumulation=accumulation)
     Run(config, "uneven", dtype=dtype, stored=stored).check()
@@ -109,10 +109,11 @@ def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
 
 @pytest.mark.skipif(quantize.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
 @pytest.mark.parametrize(("pattern", "stored"), [("short", "GKN"), ("empty", "GNK")])
-def test_in_the_interpreter(pattern, stored, monkeypatch):
-    """The whole pipeline without a GPU, in the one recipe whose arithmetic the interpreter has right (backends.py)."""
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise"])
+def test_in_the_interpreter(recipe, pattern, stored, monkeypatch):
+    """The whole pipeline without a GPU, in the recipes whose arithmetic the interpreter has right (backends.py)."""
     monkeypatch.setattr(pipeline, "_programs", lambda index: 3)
-    run = Run(config_from_recipe("fp8_rowwise"), pattern, dtype=torch.float32, stored=stored,
+    run = Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored,
               device=Device("cuda", (9, 0)), M=150, K=48, N=32, where="cpu")  # fmt: skip
     run.check()
 
@@ -145,7 +146,7 @@ def test_mx_through_bf16_in_the_interpreter(recipe, pattern, stored, monkeypatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_floor"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_floor"])
 def test_no_tokens(recipe):
     Run(config_from_recipe(recipe), "uneven", M=0).check()
 
@@ -166,7 +167,7 @@ def test_native_mx(recipe, pattern):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil", "bf16"])
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise", "mxfp8_rceil", "bf16"])
 def test_bad_offsets_stay_inside(recipe):
     run = Run(config_from_recipe(recipe), "uneven")
     run.offs = torch.tensor([90, -4, 2**31 - 1, -(2**31), 20], dtype=torch.int32, device="cuda")
@@ -200,7 +201,7 @@ def test_neither_allocates_nor_waits_and_replays_in_a_graph(recipe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise", "mxfp8_rceil"])
 def test_poison_stays_in_its_group(recipe):
     clean, hit = Run(config_from_recipe(recipe), "uneven"), Run(config_from_recipe(recipe), "uneven")
     groups = oracle.token_layout(hit.ends, M)
@@ -225,6 +226,7 @@ def test_unsupported_preferences_say_what_to_do():
         ("torch", "bf16", Device("cuda", (8, 0))),
         ("torch", "mxfp8_rceil", Device("cuda", (9, 0))),
         ("torch", "fp8_rowwise", Device("cuda", (8, 9))),
+        ("torch", "fp8_blockwise", Device("cuda", (9, 0))),
     ):
         config = dataclasses.replace(config_from_recipe(recipe), kernel_preference=preference)
         with pytest.raises(
@@ -247,6 +249,7 @@ def test_unsupported_preferences_say_what_to_do():
 def test_dispatch(capability, fp8, mx):
     device = Device("cuda" if capability else "cpu", capability)
     assert select(config_from_recipe("fp8_rowwise"), device).name == fp8
+    assert select(config_from_recipe("fp8_blockwise"), device).name == fp8.replace("fp8", "blockwise")
     assert select(config_from_recipe("mxfp8_rceil"), device).name == mx
     assert select(config_from_recipe("mxfp8_emulated_rceil"), device).name == "emulated"
     precise = dataclasses.replace(config_from_recipe("mxfp8_rceil"), accumulation="precise")
@@ -265,12 +268,16 @@ def test_spec_of_what_is_saved(recipe):
     )
     assert cpu == sm100
     assert ("a_tokens" in cpu) != pipeline.saves_input(config)
+    Mp = padded_tokens(M, G)
     if recipe in ("mxfp8_rceil", "mxfp8_floor"):
-        assert cpu["a_tokens"] == pipeline.TensorSpec((K, padded_tokens(M, G)), "float8_e4m3fn")
+        assert cpu["a_tokens"] == pipeline.TensorSpec((K, Mp), "float8_e4m3fn")
         assert sm90["a_tokens"] == pipeline.TensorSpec((M, K), "float8_e4m3fn")
         assert sm90["a_tokens_scale"].shape == cpu["a_tokens_scale"].shape[::-1]
     else:
         assert cpu == sm90
+    if recipe == "fp8_blockwise":
+        assert cpu["a_tokens"] == pipeline.TensorSpec((K, Mp), "float8_e4m3fn")
+        assert cpu["a_tokens_scale"] == pipeline.TensorSpec((K, Mp // 128), "float32")
     assert "a_tokens" not in pipeline.forward_spec(problem, config, Device("cpu"), save_tokens=False).outputs
 
 

@@ -91,7 +91,7 @@ def test_op_and_gradients_on_a_gpu_are_bit_equal(recipe: str, dtype: str, patter
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_rceil"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil"])
 def test_replayed_graphs_see_new_inputs(recipe: str) -> None:
     """Ten chained calls in one program, run often enough that XLA replays recorded launches, on changing data."""
     M, K, G = 512, 256, 4
@@ -113,7 +113,7 @@ def test_replayed_graphs_see_new_inputs(recipe: str) -> None:
         np.testing.assert_array_equal(np.asarray(run(x, sizes), np.float32), want.float().cpu().numpy())
 
 
-@pytest.mark.parametrize("recipe", [None, "bf16", "fp8_rowwise", "mxfp8_rceil"])
+@pytest.mark.parametrize("recipe", [None, "bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_moe_layers(recipe: str | None, dtype: str) -> None:
     """Outputs and gradients of the two layers, with the same weights.

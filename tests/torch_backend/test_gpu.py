@@ -43,7 +43,7 @@ def test_op(recipe: str, dtype: torch.dtype) -> None:
         assert oracle.sqnr(want, arrays(got)) >= KERNEL_TIER_DB
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_rceil"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil"])
 def test_expanded_gradient(recipe: str) -> None:
     """The gradient of a sum has stride 0."""
     A, B, offs, _ = operands()
@@ -91,7 +91,7 @@ def test_compiled_moe_layer(recipe: str) -> None:
     assert compiles.frame_count <= 2
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_rceil", "fp8_rowwise_wgrad_with_hp"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil", "fp8_rowwise_wgrad_with_hp"])
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_step_does_not_wait_and_replays(recipe: str) -> None:
     """Forward and backward through autograd: no host sync, and the same bits from a CUDA graph."""
@@ -123,7 +123,7 @@ def test_step_does_not_wait_and_replays(recipe: str) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil", "mxfp8_floor"])
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise", "mxfp8_rceil", "mxfp8_floor"])
 def test_moe_layer_learns(recipe: str) -> None:
     """Twenty fused AdamW steps on one batch: the converted layer's loss falls at least 95% as far as the plain one's,
     and its weights stay wrapped. (How training runs compare is for `xmoe train` to show.)"""
