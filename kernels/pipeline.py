@@ -460,9 +460,9 @@ def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str,
 
 @lru_cache(maxsize=4096)
 def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> None:
-    """Compile and load every kernel that `problem` will launch, forward and backward, with weights stored [G, K, N] or
-    [G, N, K], so that a first launch may be recorded into a CUDA graph. Runs the calls on 16 tokens of one expert;
-    does nothing off CUDA."""
+    """Compile and load every kernel that `problem` will launch, forward and backward, for either gradient or both and
+    weights stored [G, K, N] or [G, N, K], so that a first launch may be recorded into a CUDA graph. Runs the calls on
+    16 tokens of one expert; does nothing off CUDA."""
     if device.type != "cuda":
         return
     view = device_of(device.type, device.index)
@@ -479,15 +479,19 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
     dOut = torch.zeros(M, problem.N, dtype=getattr(torch, problem.out_dtype), device=device)
     offs = torch.full((1,), M, dtype=torch.int32, device=device)
     for b in (B, B.mT.contiguous().mT):
-        spec = forward_spec(small, config, view)
-        outputs = allocate(spec.outputs, device)
-        forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch | maps, device))
-        saved = (A,) if saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
-        spec = backward_spec(small, config, view)
-        grads = allocate(spec.outputs, device)
-        if b is not B:
-            grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
-        backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch | maps, device))
+        saved = (A,)
+        for save_tokens in (False, True):
+            spec = forward_spec(small, config, view, save_tokens)
+            outputs = allocate(spec.outputs, device)
+            forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch | maps, device))
+        if not saves_input(config):
+            saved = (outputs["a_tokens"], outputs["a_tokens_scale"])
+        for needs in ((True, False), (False, True), (True, True)):
+            spec = backward_spec(small, config, view, *needs)
+            grads = allocate(spec.outputs, device)
+            if "dB" in grads and b is not B:
+                grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
+            backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch | maps, device))
     with _on_device(offs):
         for tile in used:  # the one kernel that is specialised by G
             map = allocate(_map(tile, replace(problem, M=M)), device)

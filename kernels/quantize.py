@@ -245,6 +245,13 @@ HARDWARE = isinstance(_rows_fp8, triton.JITFunction)
 """False under Triton's CPU interpreter."""
 
 
+def _hardware(x: torch.Tensor) -> bool:
+    """Whether the cast instruction makes e4m3 of x. On sm_89 Triton casts through float16, which rounds float32 twice
+    (bfloat16 fits): there the byte is put together from integers."""
+    twice = x.dtype == torch.float32 and x.is_cuda and torch.cuda.get_device_capability(x.device) == (8, 9)
+    return HARDWARE and not twice
+
+
 _SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
 
 
@@ -270,9 +277,10 @@ def row_pieces(C: int) -> tuple[int, ...]:
 def row_schedule(pieces: tuple[int, ...], element_size: int) -> tuple[int, int, int]:
     """(warps, programs a multiprocessor, stages: rows on their way from memory) of `_rows_fp8`. At [128000, 8192] on an
     H200: 0.80 ms with 4 warps and 4 programs, 0.87 with 4 and 3, 0.86 with 8 and 1."""
-    elements = sum(pieces)
+    elements, row_bytes = sum(pieces), sum(pieces) * element_size
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
-    return warps, 12 // warps if elements <= 5120 else 16 // warps, 4 if elements * element_size <= 2**15 else 2
+    stages = 4 if row_bytes <= 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
+    return warps, 12 // warps if elements <= 5120 else 16 // warps, stages
 
 
 def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch.Tensor | None, programs: int) -> None:
@@ -299,21 +307,21 @@ def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch
     rows_blocks[(_cdiv(R, block_r), _cdiv(C, block_c))](
         x, *strides, _stores(data), _scale_bits(scale), R, P, C,
         SCALING=_SCALING[format], RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
-        BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=HARDWARE,
+        BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=_hardware(x),
     )  # fmt: skip
 
 
 def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs):
     if C > LONGEST_ROW:
         assert amax is None, f"rows of {C} do not fit into registers"
-        _long_rows_fp8[(R,)](x, *strides, data.view(torch.int8), scale, P, C, BLOCK_C=4096, HARDWARE=HARDWARE)
+        _long_rows_fp8[(R,)](x, *strides, data.view(torch.int8), scale, P, C, BLOCK_C=4096, HARDWARE=_hardware(x))
         return
     pieces = row_pieces(C)
     warps, programs_each, stages = row_schedule(pieces, x.element_size())
     G = 1 if groups is None else groups.shape[0] - 1
     _rows_fp8[(programs * programs_each,)](
         x, *strides, data.view(torch.int8), scale, amax, groups, R, P, C, G,
-        AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=HARDWARE,
+        AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=_hardware(x),
         num_warps=warps,
     )  # fmt: skip
 
@@ -337,12 +345,13 @@ def _launch_columns(
             scale.fill_(EMPTY_SCALE)
     if num_tiles:
         block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
+        assert data.shape[-1] % 4 == 0, f"data {data.shape}: it is written in words of four"
         _columns[(num_tiles, _cdiv(C, block_c))](
             x, *strides, data.view(torch.int32), *(s // 4 for s in data_strides),
             _scale_bits(scale), *scale_strides,
             amax, *maps,
             SCALING=_SCALING[format], RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
-            BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=HARDWARE, num_warps=warps,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=_hardware(x), num_warps=warps,
         )  # fmt: skip
 
 
@@ -427,7 +436,7 @@ def quantize_weights(
     if blockwise and b.stride(2) == 1:
         square_blocks[(G * _cdiv(P, FP8_BLOCK) * _cdiv(C, FP8_BLOCK),)](
             b, *b.stride(), data.view(torch.int8), scale, P, C,
-            BLOCK=FP8_BLOCK, HARDWARE=HARDWARE, num_warps=SQUARE_WARPS,
+            BLOCK=FP8_BLOCK, HARDWARE=_hardware(b), num_warps=SQUARE_WARPS,
         )  # fmt: skip
     elif b.stride(2) == 1:
         quantize_rows(b, format, data, scale, programs)
@@ -453,7 +462,7 @@ def _launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles):
             _stores(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
             tiles, groups, G, 0 if ragged else R, C,
             RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
-            BLOCK_R=TOKEN_TILE, BLOCK_C=STRAIGHT_BLOCK, HARDWARE=HARDWARE, num_warps=1,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=STRAIGHT_BLOCK, HARDWARE=_hardware(x), num_warps=1,
         )  # fmt: skip
 
 

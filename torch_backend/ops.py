@@ -139,6 +139,7 @@ def _problem(
 
 
 @torch.library.impl(_LIBRARY, "grouped_mm_forward", "CompositeExplicitAutograd")
+@torch._disable_dynamo  # which traces into it where it has skipped the frame of the call
 def grouped_mm_forward(
     A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,20 +178,20 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits and x.data_ptr() % _TMA_BYTES == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _fake_implementation(config_key: str, device: torch.device) -> tuple[GroupedMMConfig, Implementation]:
-    """The config, and the implementation that a tensor said to be on `device` would get."""
-    config = config_from_key(config_key)
+def _fake_implementation(config: GroupedMMConfig, device: torch.device) -> Implementation:
+    """What a tensor that is said to be on `device` would get."""
     if device.type == "cuda" and torch.cuda.is_available():
-        return config, select(config, pipeline.device_of("cuda", device.index))
-    return config, select(dataclasses.replace(config, kernel_preference=KernelPreference.EMULATED), Device("meta"))
+        return select(config, pipeline.device_of("cuda", device.index))
+    return select(dataclasses.replace(config, kernel_preference=KernelPreference.EMULATED), Device("meta"))
 
 
 @torch.library.register_fake("xmoe::grouped_mm_forward", lib=_LIBRARY)
 def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
     devices = (A.device, B.device, offs.device)
     check_signature(A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, devices)
-    config, implementation = _fake_implementation(config_key, A.device)
+    config = config_from_key(config_key)
     problem = _problem(A.shape[0], B.shape, A.dtype, B.dtype, _out_dtype(config, A.dtype))
+    implementation = _fake_implementation(config, A.device)
     outputs = _allocate(_specs(pipeline.forward_outputs(problem, config, implementation, save_tokens)), A.device)
     if "a_tokens" in outputs:
         return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
@@ -226,6 +227,7 @@ def _empty_dB(B: Tensor) -> Tensor:
 
 
 @torch.library.impl(_LIBRARY, "grouped_mm_backward", "CompositeExplicitAutograd")
+@torch._disable_dynamo
 def grouped_mm_backward(
     dOut: Tensor,
     A_saved: Sequence[Tensor],
@@ -324,6 +326,7 @@ class _GroupedMMBackward(torch.autograd.Function):
 
 
 @torch.library.impl(_LIBRARY, "grouped_mm_forward", "Autograd")
+@torch._disable_dynamo
 def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
         return _GroupedMM.apply(A, B, offs, config_key, save_tokens)
@@ -332,6 +335,7 @@ def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) ->
 
 
 @torch.library.impl(_LIBRARY, "grouped_mm_backward", "Autograd")
+@torch._disable_dynamo
 def _(dOut: Tensor, A_saved: Sequence[Tensor], B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (dOut.requires_grad or B.requires_grad):
         return _GroupedMMBackward.apply(A_saved, rest, dOut, B)

@@ -1,6 +1,7 @@
 """Run by test_pipeline.py in a process without the interpreter: compare the kernel specialisations that `warm_up` and a
 real call ask Triton for. Launches are recorded, not run; exit status 1 names those that the warm-up missed."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -39,20 +40,22 @@ def recorded(call, *args) -> set[tuple[str, str, str]]:
     return set(launches)
 
 
-def real_call(p: pipeline.Problem, config, view: Device, transposed: bool) -> None:
+def real_call(
+    p: pipeline.Problem, config, view: Device, transposed: bool, save: bool, needs: tuple[bool, bool]
+) -> None:
     dtypes = [getattr(torch, name) for name in (p.a_dtype, p.b_dtype, p.out_dtype)]
     A, B, dOut = (
         torch.zeros(s, dtype=d) for s, d in zip([(p.M, p.K), (p.G, p.K, p.N), (p.M, p.N)], dtypes, strict=True)
     )
     B = B.mT.contiguous().mT if transposed else B
     offs = torch.full((p.G,), p.M, dtype=torch.int32)
-    spec = pipeline.forward_spec(p, config, view)
+    spec = pipeline.forward_spec(p, config, view, save)
     outputs = pipeline.allocate(spec.outputs, CPU)
     pipeline.forward(p, config, view, A, B, offs, outputs, pipeline.allocate(spec.scratch, CPU))
-    saved = (A,) if pipeline.saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
-    spec = pipeline.backward_spec(p, config, view)
+    saved = (outputs["a_tokens"], outputs["a_tokens_scale"]) if "a_tokens" in outputs else (A,)
+    spec = pipeline.backward_spec(p, config, view, *needs)
     grads = pipeline.allocate(spec.outputs, CPU)
-    if transposed:
+    if transposed and "dB" in grads:
         grads["dB"] = grads["dB"].view(p.G, p.N, p.K).mT
     pipeline.backward(p, config, view, dOut, saved, B, offs, grads, pipeline.allocate(spec.scratch, CPU))
 
@@ -74,12 +77,13 @@ for capability in ((9, 0), (10, 0)):
     for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"):
         config = config_from_recipe(recipe)
         for M, G in ((16, 1), (2048, 1), (1000, 1), (1000, 8), (2048, 4)):
-            for dtype in ("bfloat16", "float32"):
-                problem = pipeline.Problem(M, 64, 48, G, dtype, dtype, dtype)
+            for dtypes in itertools.product(("bfloat16", "float32"), repeat=3):
+                problem = pipeline.Problem(M, 64, 48, G, *dtypes)
                 warm = recorded(pipeline.warm_up, problem, config, FakeCuda())
                 assert warm, "the warm-up launched nothing"
                 for transposed in (False, True):
-                    real = recorded(real_call, problem, config, view, transposed)
-                    missed += [(recipe, M, G, dtype, transposed, name) for name, *_ in real - warm]
+                    for save, *needs in ((True, True, True), (True, False, True), (False, True, False)):
+                        real = recorded(real_call, problem, config, view, transposed, save, needs)
+                        missed += [(recipe, problem, transposed, needs, name) for name, *_ in real - warm]
 print(*missed, sep="\n")
 sys.exit(bool(missed))

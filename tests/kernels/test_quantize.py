@@ -97,6 +97,26 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
             assert same_bytes(got, array)
 
 
+@pytest.mark.parametrize(("M", "C", "G"), [(40, 16, 150), (3, 16400, 2)])
+def test_rows_and_tokens_of_many_groups_and_long_rows(backend, M, C, G):
+    """More groups than a program looks at at once, most of them empty; rows that do not fit into registers."""
+    offs = np.minimum(np.arange(G) // 2, M).astype(np.int32)
+    x = to_kernel(awkward(M, C), backend)
+    rows, tokens = (
+        oracle.quantize_rows(arrays(x), "fp8_rowwise"),
+        oracle.quantize_tokens(arrays(x), offs, "fp8_rowwise"),
+    )
+    expected = [rows.data[: offs[-1]], rows.scale[: offs[-1]], tokens.data, tokens.scale]
+    data, scale, *of_tokens = (
+        empty_like(x, backend.device) for x in (rows.data, rows.scale, tokens.data, tokens.scale)
+    )
+    amax = torch.full((G, C), -1, dtype=torch.int32, device=x.device)
+    maps = token_map(torch.from_numpy(offs).to(x.device), M)
+    quantize.quantize_rows_and_tokens(x, (data, scale), tuple(of_tokens), amax, *maps, 4)
+    for got, want in zip([data[: offs[-1]], scale[: offs[-1]], *of_tokens], expected, strict=True):
+        assert same_bytes(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("fmt", "M", "ends"),

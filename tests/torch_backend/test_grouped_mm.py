@@ -327,6 +327,25 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
+def test_dynamo_does_not_trace_into_the_ops() -> None:
+    """A graph break in a loop makes Dynamo skip the frame, and try the frames that it calls."""
+    A, W, offs = problem()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def twice(A: Tensor, B: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            out = torch.ops.xmoe.grouped_mm_forward(A, B, offs, FP8.to_key(), True)[0]
+        return out.sum()
+
+    torch.compile(twice, backend=backend)(A, W.mT).backward()
+    assert not graphs
+
+
 def test_double_backward_raises() -> None:
     A, W, offs = problem()
     (dA,) = torch.autograd.grad(scaled_grouped_mm(A, W.mT, offs, FP8).sum(), A, create_graph=True)

@@ -1,5 +1,6 @@
 """The corpus and the numbers that both frameworks start from."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_default_corpus_is_the_same_in_another_process() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), (b"", "the file is empty"), (b"short", "too short for --seq-len 32: give at least 331")],
+    [(None, "No such file"), (b"", "the file is empty"), (b"short", "too short for --seq-len 32: give at least 341")],
 )
 def test_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "text"
@@ -96,10 +97,15 @@ def test_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:
         load_corpus([path], 32)
 
 
-def test_the_advice_for_short_data_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seq_len", [32, 60000])
+def test_the_advice_for_short_data_is_enough(tmp_path: Path, seq_len: int) -> None:
     path = tmp_path / "text"
-    path.write_bytes(b"x" * 331)
-    assert len(load_corpus([path], 32).heldout) == 33
+    path.write_bytes(b"short")
+    with pytest.raises(UserError, match="give at least") as raised:
+        load_corpus([path], seq_len)
+    (advice,) = re.findall(r"at least (\d+)", str(raised.value))
+    path.write_bytes(b"x" * int(advice))
+    assert len(load_corpus([path], seq_len).heldout) > seq_len
 
 
 def test_folder_as_data(tmp_path: Path) -> None:

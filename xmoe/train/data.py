@@ -32,7 +32,7 @@ class Corpus:
     train: np.ndarray
     heldout: np.ndarray
     digest: str
-    """SHA-256 of both parts together: a checkpoint belongs to one corpus."""
+    """SHA-256 of one part after the other: a checkpoint belongs to one corpus and one split of it."""
 
     def batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
         """The training batch of ``step``: uint8 [B, S + 1], windows at random places."""
@@ -59,11 +59,12 @@ def load_corpus(files: Sequence[str | os.PathLike[str]], seq_len: int) -> Corpus
     heldout = np.concatenate([stretch[cut:] for stretch, cut in zip(stretches, cuts, strict=True)])
     if min(len(train), len(heldout)) < seq_len + 1:
         need = int((seq_len + 1) / HELDOUT_FRACTION) + 1
+        need += int(need / STRETCH + 1) * int(1 / HELDOUT_FRACTION)  # each stretch rounds its part down
         raise UserError(
             f"--data holds {len(data)} bytes, too short for --seq-len {seq_len}: "
             f"give at least {need} bytes or a shorter --seq-len"
         )
-    return Corpus(train, heldout, hashlib.sha256(data.tobytes()).hexdigest())
+    return Corpus(train, heldout, hashlib.sha256(train.tobytes() + heldout.tobytes()).hexdigest())
 
 
 def _read(path: Path) -> bytes:
