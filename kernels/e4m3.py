@@ -4,6 +4,7 @@ amax travels as the bits of its absolute value: integer order is the order of th
 0x7F800000 up is Inf or NaN, so one integer maximum finds both the scale and the poison.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -97,3 +98,14 @@ def decode(byte, HARDWARE: tl.constexpr):
         value = tl.where(exponent == 0, fraction.to(tl.float32) * 0.001953125, normal)
         value = tl.where(bits >= 0x80, -value, value)
     return value
+
+
+HARDWARE = isinstance(encode, triton.JITFunction)
+"""False under Triton's CPU interpreter."""
+
+
+def hardware(x: torch.Tensor) -> bool:
+    """Whether the cast instruction makes e4m3 of x. On sm_89 Triton casts through float16, which rounds float32 twice
+    (bfloat16 fits): there the byte is put together from integers."""
+    twice = x.dtype == torch.float32 and x.is_cuda and torch.cuda.get_device_capability(x.device) == (8, 9)
+    return HARDWARE and not twice

@@ -22,7 +22,7 @@ from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE, Quantiz
 try:
     import triton  # noqa: F401
 
-    from xmoe.kernels import grouped_gemm, quantize, tiles, tuning
+    from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, tiles, tuning
 
     HAS_TRITON = True
 except ImportError:
@@ -248,7 +248,7 @@ class _Call:
         data, scale = tensors[name], tensors.get(f"{name}_scale")
         map = self.map(x.shape[0], TOKEN_TILE)
         if self.implementation.straight_tokens:
-            quantize.quantize_tokens_straight(x, self.config.format, data, scale, *map)
+            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map)
         else:
             assert scale is not None, f"{name} has no scale"
             quantize.quantize_tokens(x, self.config.format, data, scale, self.scratch.get(f"{name}_amax"), *map)
@@ -308,7 +308,7 @@ class _Call:
         a_data, a_scale = a
         if self.implementation.straight_tokens:
             a_data, a_scale = self.scratch["a_tokens_bf16"], None
-            quantize.dequantize_tokens_straight(*a, a_data, token_tiles, groups)
+            quantize_blocks.dequantize_tokens_straight(*a, a_data, token_tiles, groups)
         self.grouped_mm_tokens(a_data, a_scale, *d, groups, dB)
 
 

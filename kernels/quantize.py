@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, magnitude, mx_byte, mx_inverse
-from xmoe.kernels.quantize_blocks import columns_straight, dequantize_straight, rows_blocks, square_blocks
-from xmoe.kernels.tiles import tile_rows
-from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE, padded_tokens
+from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude, mx_byte, mx_inverse
+from xmoe.kernels.quantize_blocks import int8_or_bf16, launch_straight, rows_blocks, square_blocks
+from xmoe.kernels.tiles import cdiv, tile_rows
+from xmoe.operands import FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE
 
 LONGEST_ROW = 16384
 """Rows up to this long stay in registers between the maximum and the cast (elements)."""
@@ -27,8 +27,6 @@ ROW_BLOCKS = 1024
 """Columns of a program over 4096 elements: MX 0.51 ms at [128000, 5120] on an H200, 0.72 with 32 x 128."""
 SQUARE_WARPS = 8
 """Of a program over 128 x 128 weights."""
-STRAIGHT_BLOCK = 128
-"""Columns of a straight program of one warp: 4 a thread, of 32 rows each; with 8, registers spill."""
 EMPTY_SCALE = 2.0**-48
 """Of a column without tokens: that of amax 1e-12."""
 
@@ -241,30 +239,11 @@ def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
         tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
 
 
-HARDWARE = isinstance(_rows_fp8, triton.JITFunction)
-"""False under Triton's CPU interpreter."""
-
-
-def _hardware(x: torch.Tensor) -> bool:
-    """Whether the cast instruction makes e4m3 of x. On sm_89 Triton casts through float16, which rounds float32 twice
-    (bfloat16 fits): there the byte is put together from integers."""
-    twice = x.dtype == torch.float32 and x.is_cuda and torch.cuda.get_device_capability(x.device) == (8, 9)
-    return HARDWARE and not twice
-
-
 _SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
-
-
-def _stores(data: torch.Tensor) -> torch.Tensor:
-    return data if data.dtype == torch.bfloat16 else data.view(torch.int8)
 
 
 def _scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
     return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv takes a microsecond
 
 
 def row_pieces(C: int) -> tuple[int, ...]:
@@ -304,24 +283,24 @@ def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch
         return
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
-    rows_blocks[(_cdiv(R, block_r), _cdiv(C, block_c))](
-        x, *strides, _stores(data), _scale_bits(scale), R, P, C,
+    rows_blocks[(cdiv(R, block_r), cdiv(C, block_c))](
+        x, *strides, int8_or_bf16(data), _scale_bits(scale), R, P, C,
         SCALING=_SCALING[format], RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
-        BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=_hardware(x),
+        BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
     )  # fmt: skip
 
 
 def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs):
     if C > LONGEST_ROW:
         assert amax is None, f"rows of {C} do not fit into registers"
-        _long_rows_fp8[(R,)](x, *strides, data.view(torch.int8), scale, P, C, BLOCK_C=4096, HARDWARE=_hardware(x))
+        _long_rows_fp8[(R,)](x, *strides, data.view(torch.int8), scale, P, C, BLOCK_C=4096, HARDWARE=hardware(x))
         return
     pieces = row_pieces(C)
     warps, programs_each, stages = row_schedule(pieces, x.element_size())
     G = 1 if groups is None else groups.shape[0] - 1
     _rows_fp8[(programs * programs_each,)](
         x, *strides, data.view(torch.int8), scale, amax, groups, R, P, C, G,
-        AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=_hardware(x),
+        AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip
 
@@ -338,7 +317,7 @@ def _launch_columns(
         if not amax_is_known:
             amax.zero_()
             if num_tiles:
-                _columns_amax[(num_tiles, _cdiv(C, 64))](
+                _columns_amax[(num_tiles, cdiv(C, 64))](
                     x, *strides, amax, *maps, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64
                 )
         if not num_tiles:
@@ -346,12 +325,12 @@ def _launch_columns(
     if num_tiles:
         block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
         assert data.shape[-1] % 4 == 0, f"data {data.shape}: it is written in words of four"
-        _columns[(num_tiles, _cdiv(C, block_c))](
+        _columns[(num_tiles, cdiv(C, block_c))](
             x, *strides, data.view(torch.int32), *(s // 4 for s in data_strides),
             _scale_bits(scale), *scale_strides,
             amax, *maps,
             SCALING=_SCALING[format], RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
-            BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=_hardware(x), num_warps=warps,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=hardware(x), num_warps=warps,
         )  # fmt: skip
 
 
@@ -434,68 +413,19 @@ def quantize_weights(
     G, P, C = b.shape
     blockwise = format == "fp8_blockwise"
     if blockwise and b.stride(2) == 1:
-        square_blocks[(G * _cdiv(P, FP8_BLOCK) * _cdiv(C, FP8_BLOCK),)](
+        square_blocks[(G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),)](
             b, *b.stride(), data.view(torch.int8), scale, P, C,
-            BLOCK=FP8_BLOCK, HARDWARE=_hardware(b), num_warps=SQUARE_WARPS,
+            BLOCK=FP8_BLOCK, HARDWARE=hardware(b), num_warps=SQUARE_WARPS,
         )  # fmt: skip
     elif b.stride(2) == 1:
         quantize_rows(b, format, data, scale, programs)
     elif scale is None:
-        _launch_straight(b.mT, G, C, P, format, data.mT, None, None, None, G * _cdiv(C, TOKEN_TILE))
+        launch_straight(b.mT, G, C, P, format, data.mT, None, None, None, G * cdiv(C, TOKEN_TILE))
     else:
-        blocks = _cdiv(C, SCALE_BLOCKS.get(format, C))
-        lines = _cdiv(P, FP8_BLOCK) if blockwise else P  # of scales
+        blocks = cdiv(C, SCALE_BLOCKS.get(format, C))
+        lines = cdiv(P, FP8_BLOCK) if blockwise else P  # of scales
         _launch_columns(
             b.mT, G, C, P, format,
             data, (P * C, C), scale, (lines * blocks, blocks),
-            amax, None, None, G * _cdiv(C, TOKEN_TILE),
-        )  # fmt: skip
-
-
-def _launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles):
-    """`x` and `data` are [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
-    ragged = tiles is not None
-    assert data.stride()[1:] == (C, 1), f"strides {data.stride()}: expected rows of {C}"
-    if num_tiles:
-        columns_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), _cdiv(C, STRAIGHT_BLOCK))](
-            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
-            _stores(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
-            tiles, groups, G, 0 if ragged else R, C,
-            RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
-            BLOCK_R=TOKEN_TILE, BLOCK_C=STRAIGHT_BLOCK, HARDWARE=_hardware(x), num_warps=1,
-        )  # fmt: skip
-
-
-def quantize_tokens_straight(
-    x: torch.Tensor,
-    format: str,
-    data: torch.Tensor,
-    scale: torch.Tensor | None,
-    tiles: torch.Tensor,
-    groups: torch.Tensor,
-) -> None:
-    """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, in place of its layout: the bytes
-    of `quantize_tokens`, neither transposed nor padded.
-
-    Args:
-        format: "mxfp8_rceil" or "mxfp8_floor".
-        data: e4m3 [M, C], or bf16 that receives data * scale. Rows of no group are left as they are.
-        scale: E8M0 [Mp/32, C], written whole: the transpose of `quantize_tokens`'s; None with bf16 `data`.
-        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
-    """
-    (M, C), G = x.shape, groups.shape[0] - 1
-    num_tiles = padded_tokens(M, G) // TOKEN_TILE
-    _launch_straight(x[None], G, M, C, format, data[None], scale, tiles, groups, num_tiles)
-
-
-def dequantize_tokens_straight(
-    data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, tiles: torch.Tensor, groups: torch.Tensor
-) -> None:
-    """bf16 `out` [M, C] = data * scale of `quantize_tokens_straight`. Rows of no group are left as they are."""
-    (M, C), G = data.shape, groups.shape[0] - 1
-    blocks = padded_tokens(M, G) // MX_BLOCK
-    if blocks:
-        dequantize_straight[(blocks, _cdiv(C, 512))](
-            data.view(torch.int8), scale.view(torch.uint8), out, tiles, groups, G, C,
-            BLOCK_R=TOKEN_TILE, BLOCK_C=512, HARDWARE=HARDWARE, num_warps=1,
+            amax, None, None, G * cdiv(C, TOKEN_TILE),
         )  # fmt: skip

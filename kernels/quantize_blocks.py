@@ -1,12 +1,26 @@
-"""Kernels of the formats with several scales a row (`fp8_blockwise`, `mxfp8_*`), along the last axis: launched by
-`quantize.py`, which says what they share. R, C = rows and columns; a weight is [G, P, C].
+"""What only the formats with several scales a row need (`fp8_blockwise`, `mxfp8_*`): their kernels along the last axis,
+and the straight quantizer of MX. `quantize.py` says what all quantizers share. R, C = rows and columns; a weight is
+[G, P, C].
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from xmoe.kernels.e4m3 import decode, encode, fp8_inverse, fp8_scale, magnitude, mx_byte, mx_inverse, mx_scale
-from xmoe.kernels.tiles import tile_rows
+from xmoe.kernels.e4m3 import (
+    HARDWARE,
+    decode,
+    encode,
+    fp8_inverse,
+    fp8_scale,
+    hardware,
+    magnitude,
+    mx_byte,
+    mx_inverse,
+    mx_scale,
+)
+from xmoe.kernels.tiles import cdiv, tile_rows
+from xmoe.operands import MX_BLOCK, TOKEN_TILE, padded_tokens
 
 
 @triton.jit(do_not_specialize=["R", "P"])
@@ -122,3 +136,60 @@ def dequantize_straight(
             inside = (row < end) & (col < C)
             value = decode(tl.load(data_ptr + row * C + col, inside, 0), HARDWARE) * scale
             tl.store(out_ptr + row * C + col, value.to(tl.bfloat16), inside)
+
+
+STRAIGHT_BLOCK = 128
+"""Columns of a straight program of one warp: 4 a thread, of 32 rows each; with 8, registers spill."""
+
+
+def int8_or_bf16(data: torch.Tensor) -> torch.Tensor:
+    return data if data.dtype == torch.bfloat16 else data.view(torch.int8)
+
+
+def launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles):
+    """`x` and `data` are [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
+    ragged = tiles is not None
+    assert data.stride()[1:] == (C, 1), f"strides {data.stride()}: expected rows of {C}"
+    if num_tiles:
+        columns_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), cdiv(C, STRAIGHT_BLOCK))](
+            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
+            int8_or_bf16(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
+            tiles, groups, G, 0 if ragged else R, C,
+            RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=STRAIGHT_BLOCK, HARDWARE=hardware(x), num_warps=1,
+        )  # fmt: skip
+
+
+def quantize_tokens_straight(
+    x: torch.Tensor,
+    format: str,
+    data: torch.Tensor,
+    scale: torch.Tensor | None,
+    tiles: torch.Tensor,
+    groups: torch.Tensor,
+) -> None:
+    """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, in place of its layout: the bytes
+    of `quantize_tokens`, neither transposed nor padded.
+
+    Args:
+        format: "mxfp8_rceil" or "mxfp8_floor".
+        data: e4m3 [M, C], or bf16 that receives data * scale. Rows of no group are left as they are.
+        scale: E8M0 [Mp/32, C], written whole: the transpose of `quantize_tokens`'s; None with bf16 `data`.
+        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
+    """
+    (M, C), G = x.shape, groups.shape[0] - 1
+    num_tiles = padded_tokens(M, G) // TOKEN_TILE
+    launch_straight(x[None], G, M, C, format, data[None], scale, tiles, groups, num_tiles)
+
+
+def dequantize_tokens_straight(
+    data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, tiles: torch.Tensor, groups: torch.Tensor
+) -> None:
+    """bf16 `out` [M, C] = data * scale of `quantize_tokens_straight`. Rows of no group are left as they are."""
+    (M, C), G = data.shape, groups.shape[0] - 1
+    blocks = padded_tokens(M, G) // MX_BLOCK
+    if blocks:
+        dequantize_straight[(blocks, cdiv(C, 512))](
+            data.view(torch.int8), scale.view(torch.uint8), out, tiles, groups, G, C,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=512, HARDWARE=HARDWARE, num_warps=1,
+        )  # fmt: skip

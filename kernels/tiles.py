@@ -82,3 +82,7 @@ def map_tiles(offs: torch.Tensor, M: int, tile: int, tiles: torch.Tensor, groups
     block = 1 << (G - 1).bit_length()
     # One warp up to 1024 groups; at 4096 its scan would spill.
     _map_tiles[(G + 1,)](offs, tiles, groups, M, G, TILE=tile, G_BLOCK=block, num_warps=1 if block <= 1024 else 4)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes a microsecond

@@ -88,7 +88,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                                {"RCEIL": mx["RCEIL"], "DEQUANTIZE": bf16_out, "HARDWARE": True} | scale
                                | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                                | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE,
-                                  "BLOCK_C": quantize.STRAIGHT_BLOCK}, sm, 1,
+                                  "BLOCK_C": quantize_blocks.STRAIGHT_BLOCK}, sm, 1,
                                divisible=("stride_xg", "stride_xr", "C", "stride_dg", "R"))  # fmt: skip
         blockwise = {"SCALING": "blockwise", "RCEIL": False, "HARDWARE": True}
         yield Case(f"rows_blocks[{dtype},blockwise]", quantize_blocks.rows_blocks,

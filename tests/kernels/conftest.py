@@ -3,7 +3,7 @@
 import pytest
 
 from tests.kernels.backends import INTERPRETER_WORKS, Gpu, Interpreter
-from xmoe.kernels import quantize
+from xmoe.kernels import e4m3
 
 
 @pytest.fixture(
@@ -11,7 +11,7 @@ from xmoe.kernels import quantize
 )
 def backend(request: pytest.FixtureRequest):
     """The machine under the kernels."""
-    if request.param.hardware != quantize.HARDWARE:
+    if request.param.hardware != e4m3.HARDWARE:
         pytest.skip("this process has the kernels compiled; TRITON_INTERPRET=1 has them interpreted")
     if request.param is Interpreter and not INTERPRETER_WORKS:
         pytest.skip("this triton's interpreter needs numpy < 2.4")

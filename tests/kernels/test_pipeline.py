@@ -12,7 +12,7 @@ import torch
 
 from tests.kernels.backends import INTERPRETER_WORKS, arrays
 from xmoe import RECIPES, config_from_recipe, oracle
-from xmoe.kernels import pipeline, quantize
+from xmoe.kernels import e4m3, pipeline
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
 from xmoe.operands import padded_tokens
 from xmoe.shapes import PATTERNS, offsets
@@ -107,7 +107,7 @@ def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
     Run(config, "uneven", dtype=dtype, stored=stored).check()
 
 
-@pytest.mark.skipif(quantize.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
 @pytest.mark.parametrize(("pattern", "stored"), [("short", "GKN"), ("empty", "GNK")])
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise"])
 def test_in_the_interpreter(recipe, pattern, stored, monkeypatch):
@@ -133,7 +133,7 @@ class Float64Gemm:
             out[g] = a[start:end].double().mT @ b[start:end].double()
 
 
-@pytest.mark.skipif(quantize.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
 @pytest.mark.parametrize(
     ("recipe", "pattern", "stored"), [("mxfp8_rceil", "short", "GNK"), ("mxfp8_floor", "uneven", "GKN")]
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.backends import arrays, awkward, same_bytes
 from xmoe import oracle
-from xmoe.kernels import quantize, tiles
+from xmoe.kernels import quantize, quantize_blocks, tiles
 from xmoe.operands import FORMATS, TOKEN_TILE, padded_tokens
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -135,15 +135,15 @@ def test_straight_tokens(backend, fmt, M, ends, dtype):
     owned, maps = max(0, *np.clip(offs, 0, M)), token_map(torch.from_numpy(offs).to(x.device), M)
     straight = oracle.tokens_to_rows(expected.data, offs, M)
     data, scale = empty_like(straight, x.device), empty_like(expected.scale.T, x.device)
-    quantize.quantize_tokens_straight(x, fmt, data, scale, *maps)
+    quantize_blocks.quantize_tokens_straight(x, fmt, data, scale, *maps)
     assert same_bytes(data[:owned], straight[:owned])
     assert same_bytes(scale, expected.scale.T)
 
     value = oracle.tokens_to_rows(oracle.dequantize(expected, offs), offs, M)[:owned]
     normal = torch.from_numpy(~(np.abs(value) < 1e-30))  # below, bf16 loses bits
     fused, separate = (torch.full((M, 144), 7.0, dtype=torch.bfloat16, device=x.device) for _ in range(2))
-    quantize.quantize_tokens_straight(x, fmt, fused, None, *maps)
-    quantize.dequantize_tokens_straight(data, scale, separate, *maps)
+    quantize_blocks.quantize_tokens_straight(x, fmt, fused, None, *maps)
+    quantize_blocks.dequantize_tokens_straight(data, scale, separate, *maps)
     for got in (fused, separate):
         assert bool((got[owned:] == 7.0).all())
         exact = torch.from_numpy(value).to(torch.bfloat16)
