@@ -196,16 +196,17 @@ def test_a_reader_that_has_gone() -> None:
         assert process.wait(timeout=60) == 1
 
 
+HEARS_CTRL_C = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('xmoe', run_name='__main__')"
+)
+"""``python -m xmoe``, also where a shell has started the tests in the background, which makes them ignore Ctrl-C."""
+
+
 def xmoe(*arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "xmoe", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
-    )
+    command = [sys.executable, "-c", HEARS_CTRL_C, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 # Each of these starts processes that import torch: a few seconds.
