@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from xmoe.bench.events import Emit
 from xmoe.bench.exactness import Exactness, judge, least_db
-from xmoe.bench.harness import Case, System, Timer, run_cases
+from xmoe.bench.harness import Case, NoMemory, System, Timer, run_cases
 from xmoe.bench.options import Options
 from xmoe.bench.report import BOTH
 from xmoe.bench.results import Row
@@ -45,7 +45,9 @@ def measure_all(options: Options, capability: tuple[int, int] | None, timer: Tim
     """Every shape of ``options`` on the default device, which has ``capability`` (None: no GPU)."""
     shapes = [shape for shape in options.shapes if isinstance(shape, Shape)]
     makers = ((f"{shape.name} in JAX", functools.partial(case, options, shape, capability)) for shape in shapes)
-    return run_cases(makers, options.rounds, timer, XlaMemory(), emit)
+    return run_cases(
+        makers, options.rounds, timer, NoMemory(), emit
+    )  # XLA allocates whole programs: `memory_of` asks each
 
 
 class WallTimer:
@@ -70,22 +72,6 @@ class WallTimer:
             last = fn()
         jax.block_until_ready((self._buffer, last))
         return (time.perf_counter() - start) * 1e3
-
-
-class XlaMemory:
-    """XLA allocates a whole program at once: `memory_of` asks the program, nothing is counted."""
-
-    def allocated(self) -> int | None:
-        return None
-
-    def peak(self) -> int | None:
-        return None
-
-    def reset_peak(self) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
 
 
 def case(options: Options, shape: Shape, capability: tuple[int, int] | None) -> Case:

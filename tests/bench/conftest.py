@@ -21,22 +21,6 @@ class ScriptedTimer:
         return float(self.calls)
 
 
-class NoMemory:
-    """A device whose allocations cannot be counted."""
-
-    def allocated(self) -> int | None:
-        return None
-
-    def peak(self) -> int | None:
-        return None
-
-    def reset_peak(self) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
-
-
 class Events:
     """Collects what is emitted."""
 

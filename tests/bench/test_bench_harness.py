@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bench.conftest import Events, NoMemory, ScriptedTimer
+from tests.bench.conftest import Events, ScriptedTimer
 from xmoe.bench.exactness import Exactness, WrongResult, judge, least_db, sqnr
-from xmoe.bench.harness import Case, System, measure, run_cases
+from xmoe.bench.harness import Case, NoMemory, System, measure, run_cases
 from xmoe.operands import FORMATS
 from xmoe.torch_backend.bench.exactness import compare
 

@@ -10,9 +10,10 @@ import jax
 import pytest
 import torch
 
-from tests.bench.conftest import Events, NoMemory, ScriptedTimer
+from tests.bench.conftest import Events, ScriptedTimer
 from tests.torch_backend.compiling import BACKEND
 from xmoe.bench import run
+from xmoe.bench.harness import NoMemory
 from xmoe.bench.options import Options
 from xmoe.bench.report import BOTH, FORWARD, markdown
 from xmoe.bench.results import BF16, TORCHAO, Results

@@ -36,6 +36,22 @@ class Memory(Protocol):
         ...
 
 
+class NoMemory:
+    """Where allocations cannot be counted."""
+
+    def allocated(self) -> int | None:
+        return None
+
+    def peak(self) -> int | None:
+        return None
+
+    def reset_peak(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
     """One way to do a case's work."""
