@@ -45,9 +45,8 @@ def measure_all(options: Options, capability: tuple[int, int] | None, timer: Tim
     """Every shape of ``options`` on the default device, which has ``capability`` (None: no GPU)."""
     shapes = [shape for shape in options.shapes if isinstance(shape, Shape)]
     makers = ((f"{shape.name} in JAX", functools.partial(case, options, shape, capability)) for shape in shapes)
-    return run_cases(
-        makers, options.rounds, timer, NoMemory(), emit
-    )  # XLA allocates whole programs: `memory_of` asks each
+    # XLA allocates a whole program at once: `memory_of` asks the program.
+    return run_cases(makers, options.rounds, timer, NoMemory(), emit)
 
 
 class WallTimer:
