@@ -17,6 +17,7 @@ through shared memory too; else the MMA would wait for them, and each thread of 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xmoe.kernels.tuning import GemmTiles
@@ -34,10 +35,19 @@ def _multiply(a, b, acc, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(out_ptr, acc, row, row_inside, col, P):
-    """Store acc [rows, cols] into the row-major out [.., P]."""
-    out = out_ptr + row.to(tl.int64)[:, None] * P + col[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), row_inside[:, None] & (col < P)[None, :])
+def _store_rows(desc, acc, first, end, col, PARTS: tl.constexpr):
+    """Store acc into the rows `first` to `end` of a ragged descriptor, at `col`; in two PARTS it stages half in shared
+    memory at a time."""
+    acc = acc.to(desc.dtype)
+    ROWS: tl.constexpr = acc.shape[0]
+    COLS: tl.constexpr = acc.shape[1] // PARTS
+    x, y, z = to_ragged_indices(first, end - first, 0)
+    if PARTS == 1:
+        desc.store([x, y, z, col], acc.reshape(1, 1, ROWS, COLS))
+    else:
+        left, right = acc.reshape(ROWS, 2, COLS).permute(0, 2, 1).split()
+        desc.store([x, y, z, col], left.reshape(1, 1, ROWS, COLS))
+        desc.store([x, y, z, col + COLS], right.reshape(1, 1, ROWS, COLS))
 
 
 @triton.jit
@@ -50,13 +60,13 @@ def _mx_scales(scale_ptr, row, row_inside, first, C, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "G"])
 def _grouped_mm(
-    a_desc, b_desc, out_ptr,
+    a_desc, b_desc, out_desc, out_ptr,
     a_scale_ptr, b_scale_ptr,
     tiles_ptr, groups_ptr,
     M, P, C, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, B_CONTRACTION_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     m_tiles = tl.load(groups_ptr + G * 4 + 2)
     p_blocks = tl.cdiv(P, BLOCK_P)
@@ -98,7 +108,7 @@ def _grouped_mm(
         if SCALING == "rowwise":
             acc *= tl.load(a_scale_ptr + m, m < end_m, 0.0)[:, None]
             acc *= tl.load(b_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[None, :]
-        _store_tile(out_ptr, acc, m, m < end_m, p, P)  # rows from end_m on belong to the next group
+        _store_rows(out_desc, acc, first_m, end_m, first_p, PARTS)  # rows from end_m on belong to the next group
 
     first_free = tl.load(groups_ptr + G * 4)
     for tile in range(tl.program_id(0), tl.cdiv(M - first_free, BLOCK_M) * p_blocks, PROGRAMS):
@@ -110,14 +120,14 @@ def _grouped_mm(
 
 @triton.jit(do_not_specialize=["M", "G"])
 def _grouped_mm_tokens(
-    a_desc, b_desc, out_ptr,
+    a_desc, b_desc, out_desc,
     a_ptr, b_ptr,
     a_scale_ptr, b_scale_ptr,
     groups_ptr,
     M, P, Q, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, TOKEN_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Scaled operands are [P, Mp] and [Q, Mp], each group zero-padded to TOKEN_TILE. Others are bf16 [M, P] and [M, Q]
     as they lie: whole tiles of tokens by TMA, the group's last tokens by masked loads."""
@@ -169,7 +179,7 @@ def _grouped_mm_tokens(
         if SCALING == "rowwise":
             acc *= tl.load(a_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[:, None]
             acc *= tl.load(b_scale_ptr + group.to(tl.int64) * Q + q, q < Q, 0.0)[None, :]
-        _store_tile(out_ptr, acc, group.to(tl.int64) * P + p, p < P, q, Q)
+        _store_rows(out_desc, acc, group * P + first_p, (group + 1) * P, first_q, PARTS)
 
 
 def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, blockwise: bool, depth: int):
@@ -220,11 +230,12 @@ def grouped_mm(
     else:
         b_desc = TensorDescriptor(b, [G, C, P], [b.stride(0), b.stride(2), 1], [1, tuned.depth, tuned.cols])
     _grouped_mm[(programs,)](
-        TensorDescriptor(a, [M, C], [C, 1], [tuned.rows, tuned.depth]), b_desc, out,
+        TensorDescriptor(a, [M, C], [C, 1], [tuned.rows, tuned.depth]), b_desc,
+        create_ragged_descriptor(out, [tuned.rows, tuned.cols // tuned.parts]), out,
         a_scale, b_scale, tiles, groups, M, P, C, G,
         SCALING=scaling, PRECISE=precise and not blockwise, B_CONTRACTION_LAST=contraction_last,
         BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
-        STAGES=tuned.stages if blockwise else None,
+        STAGES=tuned.stages if blockwise else None, PARTS=tuned.parts,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip
 
@@ -267,10 +278,10 @@ def grouped_mm_tokens(
         a_desc = TensorDescriptor(a, [P, M], [M, 1], [tuned.rows, tuned.depth])
         b_desc = TensorDescriptor(b, [Q, M], [M, 1], [tuned.cols, tuned.depth])
     _grouped_mm_tokens[(programs,)](
-        a_desc, b_desc, out, a, b,
+        a_desc, b_desc, create_ragged_descriptor(out.view(G * P, Q), [tuned.rows, tuned.cols // tuned.parts]), a, b,
         a_scale, b_scale, groups, M, P, Q, G,
         SCALING=scaling, PRECISE=precise and not blockwise, TOKEN_TILE=TOKEN_TILE,
         BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
-        STAGES=tuned.stages if blockwise else None,
+        STAGES=tuned.stages if blockwise else None, PARTS=tuned.parts,
         num_warps=tuned.warps, num_stages=tuned.stages,
     )  # fmt: skip

@@ -38,7 +38,8 @@ def candidates(element: str) -> Iterator[GemmTiles]:
     for (rows, cols), stages, band in itertools.product(
         [(128, 256), (256, 128), (128, 128), (64, 256), (64, 128)], (3, 4), (4, 8, 16)
     ):
-        yield GemmTiles(rows, cols, depth, 4 if rows * cols <= 8192 else 8, stages, band)
+        for parts in (1, 2) if cols == 256 else (1,):
+            yield GemmTiles(rows, cols, depth, 4 if rows * cols <= 8192 else 8, stages, band, parts)
 
 
 def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> Callable[[GemmTiles], None]:

@@ -22,6 +22,8 @@ class GemmTiles:
     stages: int
     band: int
     """Row tiles that walk the columns together (L2 reuse)."""
+    parts: int
+    """1, or 2 to store an output tile as its left and then its right columns, through half the shared memory."""
 
 
 @lru_cache

@@ -183,12 +183,14 @@ def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, con
     scale_type = "*u8" if elements == "mx" else "*fp32"
     no_scales = {"a_scale_ptr": None, "b_scale_ptr": None} if elements == "bf16" else {}
     types = {
-        "a_desc": f"tensordesc<{dtype}{a_block}>", "b_desc": f"tensordesc<{dtype}{b_block}>", "out_ptr": f"*{out}",
+        "a_desc": f"tensordesc<{dtype}{a_block}>", "b_desc": f"tensordesc<{dtype}{b_block}>",
+        "out_desc": f"tensordesc<{out}[1, 1, {t.rows}, {t.cols // t.parts}]>", "out_ptr": f"*{out}",
         "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "a_scale_ptr": scale_type, "b_scale_ptr": scale_type,
         "tiles_ptr": "*i32", "groups_ptr": "*i32",
     }  # fmt: skip
     constants = constants | no_scales | {"SCALING": scaling, "PRECISE": precise, "PROGRAMS": 132, "BAND": t.band,
-                                         "STAGES": t.stages if scaling == "blockwise" else None}  # fmt: skip
+                                         "STAGES": t.stages if scaling == "blockwise" else None,
+                                         "PARTS": t.parts}  # fmt: skip
     instruction = INSTRUCTIONS[sm, "fp8" if elements == "blockwise" else elements]
     label = f"{name}[{elements},{out},{label}{',precise' if precise else ''}]"
     return Case(label, kernel, types, constants, sm, t.warps, t.stages, instruction, ("P", "Q", "C"))

@@ -14,8 +14,8 @@ from xmoe.kernels.tuning import GemmTiles
 from xmoe.operands import TOKEN_TILE
 
 KERNEL_TIER_DB = 50
-SMALL = GemmTiles(rows=32, cols=32, depth=32, warps=4, stages=2, band=2)
-BLOCKWISE = GemmTiles(rows=32, cols=64, depth=128, warps=4, stages=2, band=2)
+SMALL = GemmTiles(rows=32, cols=32, depth=32, warps=4, stages=2, band=2, parts=1)
+BLOCKWISE = GemmTiles(rows=32, cols=64, depth=128, warps=4, stages=2, band=2, parts=2)
 
 PATTERNS = {
     "uneven": (150, [30, 93, 150]),
@@ -197,7 +197,7 @@ def test_native_mx(M, ends, fmt):
     """The block-scaled kernel that sm_100 gets natively; elsewhere Triton computes `tl.dot_scaled` through bf16."""
     G, K, N = len(ends), 80, 48
     A, B, D = normal(M, K), normal(G, K, N), normal(M, N)
-    device, tuned = torch.device("cuda"), GemmTiles(rows=64, cols=64, depth=64, warps=4, stages=2, band=8)
+    device, tuned = torch.device("cuda"), GemmTiles(rows=64, cols=64, depth=64, warps=4, stages=2, band=8, parts=2)
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
     a, b = oracle.quantize_rows(A.numpy(), fmt), oracle.quantize_weights(B.numpy(), "K", fmt)
     out = torch.full((M, N), float("nan"), dtype=torch.bfloat16, device=device)
