@@ -60,7 +60,8 @@ def _mx_scales(scale_ptr, row, row_inside, first, C, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "G"])
 def _grouped_mm(
-    a_desc, b_desc, out_desc, out_ptr,
+    a_desc, b_desc, out_desc,
+    out_ptr, stride_out,
     a_scale_ptr, b_scale_ptr,
     tiles_ptr, groups_ptr,
     M, P, C, G,
@@ -115,14 +116,14 @@ def _grouped_mm(
         m = first_free + tile // p_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
         p = tile % p_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
         zero = tl.zeros((BLOCK_M, BLOCK_P), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + m.to(tl.int64)[:, None] * P + p[None, :], zero, (m < M)[:, None] & (p < P)[None, :])
+        tl.store(out_ptr + m.to(tl.int64)[:, None] * stride_out + p[None, :], zero, (m < M)[:, None] & (p < P)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "G"])
+@triton.jit(do_not_specialize=["M", "G", "stride_as", "stride_bs"])
 def _grouped_mm_tokens(
     a_desc, b_desc, out_desc,
-    a_ptr, b_ptr,
-    a_scale_ptr, b_scale_ptr,
+    a_ptr, stride_a, b_ptr, stride_b,
+    a_scale_ptr, stride_as, b_scale_ptr, stride_bs,
     groups_ptr,
     M, P, Q, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, TOKEN_TILE: tl.constexpr,
@@ -172,13 +173,13 @@ def _grouped_mm_tokens(
                 acc = _multiply(a_desc.load([m, first_p]).T, b_desc.load([m, first_q]).T, acc, PRECISE)
             if whole < end:
                 row = (whole + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-                a = tl.load(a_ptr + row * P + p[None, :], (row < end) & (p < P)[None, :], 0.0)
-                b = tl.load(b_ptr + row * Q + q[None, :], (row < end) & (q < Q)[None, :], 0.0)
+                a = tl.load(a_ptr + row * stride_a + p[None, :], (row < end) & (p < P)[None, :], 0.0)
+                b = tl.load(b_ptr + row * stride_b + q[None, :], (row < end) & (q < Q)[None, :], 0.0)
                 acc = _multiply(a.T, b.T, acc, PRECISE)
 
         if SCALING == "rowwise":
-            acc *= tl.load(a_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[:, None]
-            acc *= tl.load(b_scale_ptr + group.to(tl.int64) * Q + q, q < Q, 0.0)[None, :]
+            acc *= tl.load(a_scale_ptr + group.to(tl.int64) * stride_as + p, p < P, 0.0)[:, None]
+            acc *= tl.load(b_scale_ptr + group.to(tl.int64) * stride_bs + q, q < Q, 0.0)[None, :]
         _store_rows(out_desc, acc, group * P + first_p, (group + 1) * P, first_q, PARTS)
 
 
@@ -214,7 +215,7 @@ def grouped_mm(
         a_scale, b_scale: float32 [M], [G, P]; or, `blockwise`, [M, ceil(C/128)], [G, ceil(P/128), ceil(C/128)]; or E8M0
             [M, ceil(C/32)], [G, P, ceil(C/32)]; or None for bf16.
         tiles, groups: the map of `tuned.rows`-token tiles (`tiles.map_tiles`).
-        out: bf16 or fp32 [M, P], contiguous, written whole.
+        out: bf16 or fp32 [M, P], written whole; rows may lie apart.
         programs: persistent programs, the number of multiprocessors.
         precise: add partial products in float32 outside the tensor core; `blockwise` does so anyway.
     """
@@ -231,7 +232,7 @@ def grouped_mm(
         b_desc = TensorDescriptor(b, [G, C, P], [b.stride(0), b.stride(2), 1], [1, tuned.depth, tuned.cols])
     _grouped_mm[(programs,)](
         TensorDescriptor(a, [M, C], [C, 1], [tuned.rows, tuned.depth]), b_desc,
-        create_ragged_descriptor(out, [tuned.rows, tuned.cols // tuned.parts]), out,
+        create_ragged_descriptor(out, [tuned.rows, tuned.cols // tuned.parts]), out, out.stride(0),
         a_scale, b_scale, tiles, groups, M, P, C, G,
         SCALING=scaling, PRECISE=precise and not blockwise, B_CONTRACTION_LAST=contraction_last,
         BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
@@ -255,10 +256,10 @@ def grouped_mm_tokens(
     """out[g, P, Q] = a[P, tokens of g] @ b[Q, tokens of g]^T; a group without tokens gives zeros.
 
     Args:
-        a, b: e4m3 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`); or bf16 [M, P] and [M, Q], as they
-            lie. Contiguous.
-        a_scale, b_scale: float32 [G, P], [G, Q]; or, `blockwise`, [P, Mp/128], [Q, Mp/128]; or E8M0 [P, Mp/32],
-            [Q, Mp/32]; or None for bf16.
+        a, b: e4m3 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`), contiguous; or bf16 [M, P] and
+            [M, Q], as they lie, whose rows may lie apart.
+        a_scale, b_scale: float32 [G, P], [G, Q], whose rows may lie apart; or, `blockwise`, [P, Mp/128], [Q, Mp/128];
+            or E8M0 [P, Mp/32], [Q, Mp/32]; or None for bf16.
         groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens.
         out: bf16 or fp32 [G, P, Q], contiguous, written whole.
     """
@@ -269,17 +270,18 @@ def grouped_mm_tokens(
         out.zero_()
         return
     assert scaling == "none" or TOKEN_TILE % tuned.depth == 0, f"a depth of {tuned.depth} would leave a group's padding"
-    for x in (a, b):
-        assert x.is_contiguous(), f"strides {x.stride()}: wgrad operands are contiguous"
+    stride_a, stride_b = a.stride(0), b.stride(0)
     if scaling == "none":
-        a_desc = TensorDescriptor(a, [M, P], [P, 1], [tuned.depth, tuned.rows])
-        b_desc = TensorDescriptor(b, [M, Q], [Q, 1], [tuned.depth, tuned.cols])
+        a_desc = TensorDescriptor(a, [M, P], [stride_a, 1], [tuned.depth, tuned.rows])
+        b_desc = TensorDescriptor(b, [M, Q], [stride_b, 1], [tuned.depth, tuned.cols])
     else:
-        a_desc = TensorDescriptor(a, [P, M], [M, 1], [tuned.rows, tuned.depth])
-        b_desc = TensorDescriptor(b, [Q, M], [M, 1], [tuned.cols, tuned.depth])
+        a_desc = TensorDescriptor(a, [P, M], [stride_a, 1], [tuned.rows, tuned.depth])
+        b_desc = TensorDescriptor(b, [Q, M], [stride_b, 1], [tuned.cols, tuned.depth])
     _grouped_mm_tokens[(programs,)](
-        a_desc, b_desc, create_ragged_descriptor(out.view(G * P, Q), [tuned.rows, tuned.cols // tuned.parts]), a, b,
-        a_scale, b_scale, groups, M, P, Q, G,
+        a_desc, b_desc, create_ragged_descriptor(out.view(G * P, Q), [tuned.rows, tuned.cols // tuned.parts]),
+        a, stride_a, b, stride_b,
+        a_scale, 0 if a_scale is None else a_scale.stride(0), b_scale, 0 if b_scale is None else b_scale.stride(0),
+        groups, M, P, Q, G,
         SCALING=scaling, PRECISE=precise and not blockwise, TOKEN_TILE=TOKEN_TILE,
         BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
         STAGES=tuned.stages if blockwise else None, PARTS=tuned.parts,

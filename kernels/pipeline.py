@@ -204,8 +204,17 @@ def _gemm_tiles(kernel: str, elements: Elements, p: Problem, config: GroupedMMCo
 class _Call:
     """The stages of one call: quantize, map, multiply. Reads sizes from the tensors, tile shapes from the problem."""
 
-    def __init__(self, problem: Problem, config: GroupedMMConfig, device: Device, offs: torch.Tensor, scratch: Tensors):
-        self.problem, self.config, self.device = problem, config, device
+    def __init__(
+        self,
+        problem: Problem,
+        config: GroupedMMConfig,
+        device: Device,
+        offs: torch.Tensor,
+        scratch: Tensors,
+        gated: bool = False,
+    ):
+        """`gated`: the activations that come are [M, 2K], for their SwiGLU [M, K]."""
+        self.problem, self.config, self.device, self.gated = problem, config, device, gated
         self.implementation = select(config, device)
         self.offs, self.scratch = offs, scratch
         self.precise = config.accumulation is Accumulation.PRECISE
@@ -224,10 +233,11 @@ class _Call:
         return _gemm_tiles(kernel, elements, self.problem, self.config, self.device, dtype)
 
     def rows(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The operand of x's rows; of those of its SwiGLU where x is `gated`."""
         if self.config.format == "bf16":
             return self.cast(name, x), None
         data, scale = self.scratch[name], self.scratch.get(f"{name}_scale")
-        quantize.quantize_rows(x, self.config.format, data, scale, self.programs)
+        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, gated=self.gated)
         return data, scale
 
     def weights(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -243,26 +253,37 @@ class _Call:
     def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.bfloat16 else self.scratch[name].copy_(x)
 
-    def tokens(self, name: str, x: torch.Tensor, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The wgrad operand of x, `name` in `tensors`."""
+    def tokens(
+        self, name: str, x: torch.Tensor, tensors: Tensors, amax: torch.Tensor | None = None, amax_is_known: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The wgrad operand of x, `name` in `tensors`; amax as in `rows_and_amax`."""
         data, scale = tensors[name], tensors.get(f"{name}_scale")
         map = self.map(x.shape[0], TOKEN_TILE)
         if self.implementation.straight_tokens:
-            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map)
+            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=self.gated)
         else:
             assert scale is not None, f"{name} has no scale"
-            quantize.quantize_tokens(x, self.config.format, data, scale, self.scratch.get(f"{name}_amax"), *map)
+            amax = self.scratch.get(f"{name}_amax") if amax is None else amax
+            quantize.quantize_tokens(
+                x, self.config.format, data, scale, amax, *map, amax_is_known=amax_is_known, gated=self.gated
+            )
         return data, scale
 
     def rows_and_tokens(self, name: str, x: torch.Tensor, tensors: Tensors):
         """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`."""
+        amax = self.scratch.get(f"{name}_tokens_amax")
+        rows, amax_is_known = self.rows_and_amax(name, x, amax)
+        return rows, self.tokens(f"{name}_tokens", x, tensors, amax, amax_is_known)
+
+    def rows_and_amax(self, name: str, x: torch.Tensor, amax: torch.Tensor | None):
+        """(rows, whether `amax` was filled): with the maxima that `tokens` needs, where they come at no cost."""
         if self.config.format != "fp8_rowwise":
-            return self.rows(name, x), self.tokens(f"{name}_tokens", x, tensors)
+            return self.rows(name, x), False
+        assert amax is not None, "fp8_rowwise needs amax"
         rows = self.scratch[name], self.scratch[f"{name}_scale"]
-        tokens = tensors[f"{name}_tokens"], tensors[f"{name}_tokens_scale"]
-        amax, map = self.scratch[f"{name}_tokens_amax"], self.map(x.shape[0], TOKEN_TILE)
-        quantize.quantize_rows_and_tokens(x, rows, tokens, amax, *map, self.programs)
-        return rows, tokens
+        _, groups = self.map(x.shape[0], TOKEN_TILE)
+        columns = amax, groups
+        return rows, quantize.quantize_rows(x, self.config.format, *rows, self.programs, columns, gated=self.gated)
 
     def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: torch.Tensor, out: torch.Tensor) -> None:
         """out[M, P] = a[M, C] @ b[G, P, C]^T, b still to be quantized along C."""

@@ -12,12 +12,15 @@ columns are quantized straight: in the layout of the input.
 SCALING: "rowwise", "blockwise" or "mx", as in the GEMMs.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude, mx_byte, mx_inverse
 from xmoe.kernels.quantize_blocks import int8_or_bf16, launch_straight, rows_blocks, square_blocks
+from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
 from xmoe.operands import FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE
 
@@ -37,7 +40,7 @@ def _rows_fp8(
     data_ptr, scale_ptr,
     amax_ptr, groups_ptr,
     R, P, C, G,
-    AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
+    GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
     in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
@@ -59,7 +62,7 @@ def _rows_fp8(
         if first < last:
             _rows_fp8_run(
                 x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, amax_ptr,
-                group, first, last, P, C, AMAX, PIECES, STAGES, HARDWARE,
+                group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
             )  # fmt: skip
         first = last
         group += 1
@@ -68,7 +71,7 @@ def _rows_fp8(
 @triton.jit
 def _rows_fp8_run(
     x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, amax_ptr, group, first, last, P, C,
-    AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
+    GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Rows first to last, all of one group."""
     columns = ()
@@ -87,7 +90,8 @@ def _rows_fp8_run(
         values = ()
         seen = ()
         for i in tl.static_range(len(PIECES)):
-            x = tl.load(x_row + columns[i].to(tl.int64) * stride_xc, columns[i] < C, 0.0).to(tl.float32)
+            x_piece = x_row + columns[i].to(tl.int64) * stride_xc
+            x = read(x_piece, C * stride_xc, columns[i] < C, GATED).to(tl.float32)
             values += (x,)
             amax = tl.maximum(amax, tl.max(magnitude(x), 0))
             if AMAX:
@@ -107,7 +111,7 @@ def _long_rows_fp8(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, scale_ptr,
     P, C,
-    BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One row a program, read twice."""
     row = tl.program_id(0).to(tl.int64)
@@ -116,11 +120,11 @@ def _long_rows_fp8(
     amax = tl.zeros((), tl.int32)
     for first in range(0, C, BLOCK_C):
         c = first + column
-        x = tl.load(x_row + c.to(tl.int64) * stride_xc, c < C, 0.0).to(tl.float32)
+        x = read(x_row + c.to(tl.int64) * stride_xc, C * stride_xc, c < C, GATED).to(tl.float32)
         amax = tl.maximum(amax, tl.max(magnitude(x), 0))
     for first in range(0, C, BLOCK_C):
         c = first + column
-        x = tl.load(x_row + c.to(tl.int64) * stride_xc, c < C, 0.0).to(tl.float32)
+        x = read(x_row + c.to(tl.int64) * stride_xc, C * stride_xc, c < C, GATED).to(tl.float32)
         tl.store(data_ptr + row * C + c, encode(x * fp8_inverse(amax), HARDWARE), c < C)
     tl.store(scale_ptr + row, fp8_scale(amax))
 
@@ -130,7 +134,7 @@ def _columns_amax(
     x_ptr, stride_xg, stride_xr, stride_xc,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     group, first, end = tile_rows(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
     if first < end:  # not a tile past the last one
@@ -138,7 +142,7 @@ def _columns_amax(
         col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = (row < end) & (col < C)[None, :]
         x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
-        amax = tl.max(magnitude(tl.load(x_tile, mask, 0.0).to(tl.float32)), 0)
+        amax = tl.max(magnitude(read(x_tile, C * stride_xc, mask, GATED).to(tl.float32)), 0)
         tl.atomic_max(amax_ptr + group.to(tl.int64) * C + col, amax, col < C, sem="relaxed")
 
 
@@ -149,7 +153,7 @@ def _columns(
     scale_ptr, stride_st, stride_sc,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    SCALING: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr,
+    SCALING: tl.constexpr, GATED: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_R rows and BLOCK_C columns, read once, written transposed, in words of four bytes: the rows of
@@ -170,7 +174,8 @@ def _columns(
     amax = tl.zeros((WORDS, BLOCK_C), tl.int32)
     for i in tl.static_range(4):
         row = first + word[:, None] * 4 + i
-        x = tl.load(x_columns + row.to(tl.int64) * stride_xr, (row < end) & (col < C)[None, :], 0.0).to(tl.float32)
+        mask = (row < end) & (col < C)[None, :]
+        x = read(x_columns + row.to(tl.int64) * stride_xr, C * stride_xc, mask, GATED).to(tl.float32)
         values += (x,)
         amax = tl.maximum(amax, magnitude(x))
 
@@ -258,12 +263,21 @@ def row_schedule(pieces: tuple[int, ...], element_size: int) -> tuple[int, int, 
     H200: 0.80 ms with 4 warps and 4 programs, 0.87 with 4 and 3, 0.86 with 8 and 1."""
     elements, row_bytes = sum(pieces), sum(pieces) * element_size
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
-    stages = 4 if row_bytes <= 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
+    stages = 4 if row_bytes <= 20 * 2**10 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
     return warps, 12 // warps if elements <= 5120 else 16 // warps, stages
 
 
-def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch.Tensor | None, programs: int) -> None:
-    """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C.
+def quantize_rows(
+    x: torch.Tensor,
+    format: str,
+    data: torch.Tensor,
+    scale: torch.Tensor | None,
+    programs: int,
+    columns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    gated: bool = False,
+) -> bool:
+    """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C. Returns whether `columns` was filled.
 
     Args:
         format: one of `xmoe.operands.FORMATS`.
@@ -271,65 +285,79 @@ def quantize_rows(x: torch.Tensor, format: str, data: torch.Tensor, scale: torch
         scale: float32 [R] or [G, P] ("fp8_rowwise"), float32 with a further axis of ceil(C/128) ("fp8_blockwise"), or
             E8M0 with one of ceil(C/32), written; None with bf16 `data`.
         programs: the number of multiprocessors.
+        columns: for "fp8_rowwise" (amax int32 [G, C], groups of `tiles.map_tiles`): amax receives, at no cost, the bits
+            of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group may then
+            be left unwritten. Rows longer than LONGEST_ROW do not fill it.
+        gated: x [R, 2C] stands for its SwiGLU [R, C] (`swiglu.py`).
     """
     G, P, C = x.shape if x.ndim == 3 else (1, *x.shape)
+    C = C // 2 if gated else C
     strides = x.stride() if x.ndim == 3 else (0, *x.stride())
     R = G * P
     assert data.is_contiguous(), f"strides {data.stride()}: rows are written one after the other"
+    amax, groups = columns or (None, None)
+    fills = amax is not None and C <= LONGEST_ROW
+    if fills:
+        amax.zero_()
     if R == 0:
-        return
+        return fills
     if format == "fp8_rowwise":
-        _launch_rows_fp8(x, strides, data, scale, None, None, R, P, C, programs)
-        return
+        _launch_rows_fp8(x, strides, data, scale, amax if fills else None, groups, R, P, C, programs, gated)
+        return fills
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
     rows_blocks[(cdiv(R, block_r), cdiv(C, block_c))](
         x, *strides, int8_or_bf16(data), _scale_bits(scale), R, P, C,
-        SCALING=_SCALING[format], RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+        SCALING=_SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
     )  # fmt: skip
+    return False
 
 
-def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs):
+def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs, gated):
     if C > LONGEST_ROW:
-        assert amax is None, f"rows of {C} do not fit into registers"
-        _long_rows_fp8[(R,)](x, *strides, data.view(torch.int8), scale, P, C, BLOCK_C=4096, HARDWARE=hardware(x))
+        _long_rows_fp8[(R,)](
+            x, *strides, data.view(torch.int8), scale, P, C, GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x)
+        )
         return
     pieces = row_pieces(C)
-    warps, programs_each, stages = row_schedule(pieces, x.element_size())
+    warps, programs_each, stages = row_schedule(pieces, x.element_size() * (2 if gated else 1))
     G = 1 if groups is None else groups.shape[0] - 1
     _rows_fp8[(programs * programs_each,)](
         x, *strides, data.view(torch.int8), scale, amax, groups, R, P, C, G,
-        AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
+        GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip
 
 
+def _launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False):
+    """Raises `amax` [G, C] to the largest magnitudes of x, where they are larger. Arguments as in `_launch_columns`."""
+    ragged = tiles is not None
+    if num_tiles:
+        _columns_amax[(num_tiles, cdiv(C, 64))](
+            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
+            GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64,
+        )  # fmt: skip
+
+
 def _launch_columns(
-    x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, amax_is_known=False
+    x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, gated=False
 ):
     """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
-    maps = (tiles, groups, G, 0 if ragged else R, C)
-    strides = (0 if ragged else x.stride(0), x.stride(1), x.stride(2))
     if format == "fp8_rowwise":
         assert amax.shape == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
-        if not amax_is_known:
-            amax.zero_()
-            if num_tiles:
-                _columns_amax[(num_tiles, cdiv(C, 64))](
-                    x, *strides, amax, *maps, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64
-                )
         if not num_tiles:
             scale.fill_(EMPTY_SCALE)
     if num_tiles:
         block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
         assert data.shape[-1] % 4 == 0, f"data {data.shape}: it is written in words of four"
         _columns[(num_tiles, cdiv(C, block_c))](
-            x, *strides, data.view(torch.int32), *(s // 4 for s in data_strides),
+            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
+            data.view(torch.int32), *(s // 4 for s in data_strides),
             _scale_bits(scale), *scale_strides,
-            amax, *maps,
-            SCALING=_SCALING[format], RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
+            amax, tiles, groups, G, 0 if ragged else R, C,
+            SCALING=_SCALING[format], GATED=gated, RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
             BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=hardware(x), num_warps=warps,
         )  # fmt: skip
 
@@ -352,6 +380,7 @@ def quantize_tokens(
     groups: torch.Tensor,
     *,
     amax_is_known: bool = False,
+    gated: bool = False,
 ) -> None:
     """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, transposed and padded.
 
@@ -361,38 +390,20 @@ def quantize_tokens(
         scale: float32 [G, C] ("fp8_rowwise") or [C, Mp/128] ("fp8_blockwise"), or E8M0 [C, Mp/32], written whole.
         amax: int32 [G, C] scratch, for "fp8_rowwise".
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
-        amax_is_known: `amax` holds the bits of each column's largest magnitude (`quantize_rows_and_tokens`).
+        amax_is_known: `amax` holds the bits of each column's largest magnitude (`columns` of `quantize_rows`).
+        gated: x [M, 2C] stands for its SwiGLU [M, C].
     """
-    (M, C), Mp = x.shape, data.shape[1]
-    _launch_columns(
-        x.unsqueeze(0), groups.shape[0] - 1, M, C, format,
-        data, (0, Mp), scale, (0, Mp // SCALE_BLOCKS.get(format, TOKEN_TILE)), amax, tiles, groups, Mp // TOKEN_TILE,
-        amax_is_known,
-    )  # fmt: skip
-
-
-def quantize_rows_and_tokens(
-    x: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor],
-    tokens: tuple[torch.Tensor, torch.Tensor],
-    amax: torch.Tensor,
-    tiles: torch.Tensor,
-    groups: torch.Tensor,
-    programs: int,
-) -> None:
-    """`quantize_rows` into `rows` (data, scale) and `quantize_tokens` into `tokens`, in "fp8_rowwise", with one read of
-    x less: the pass over the rows also finds the columns' maxima. Rows of no group may be left unwritten in `rows`."""
-    M, C = x.shape
-    fits = C <= LONGEST_ROW
-    if fits:
-        _launch_rows_fp8(x, (0, *x.stride()), *rows, amax.zero_(), groups, M, M, C, programs)
-    else:
-        quantize_rows(x, "fp8_rowwise", *rows, programs)
-    quantize_tokens(x, "fp8_rowwise", *tokens, amax, tiles, groups, amax_is_known=fits)
+    (C, Mp), M, G, x = data.shape, x.shape[0], groups.shape[0] - 1, x.unsqueeze(0)
+    map = tiles, groups, Mp // TOKEN_TILE
+    if format == "fp8_rowwise" and not amax_is_known:
+        assert amax is not None, "fp8_rowwise needs amax"
+        _launch_columns_amax(x, G, M, C, amax.zero_(), *map, gated)
+    scale_strides = 0, Mp // SCALE_BLOCKS.get(format, TOKEN_TILE)
+    _launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated)
 
 
 def quantize_weights(
-    b: torch.Tensor,
+    b: torch.Tensor | Sequence[torch.Tensor],
     format: str,
     data: torch.Tensor,
     scale: torch.Tensor | None,
@@ -402,6 +413,9 @@ def quantize_weights(
     """Quantize `b` [G, P, C] (bf16 or fp32, any strides) along C, a multiple of 16. For B [G, K, N]: axis "N" is
     `b = B`, axis "K" is `b = B.mT`.
 
+    Several b are one matrix, side by side along C. They have one shape, with axis 1 contiguous, and their C is a
+    multiple of the format's block.
+
     Args:
         data: e4m3 [G, P, C], written; or, for an MX format, bf16 that receives data * scale and is contiguous in the
             axis (1 or 2) in which b is.
@@ -410,22 +424,38 @@ def quantize_weights(
         amax: int32 [G, P] scratch, for "fp8_rowwise".
         programs: the number of multiprocessors.
     """
-    G, P, C = b.shape
-    blockwise = format == "fp8_blockwise"
-    if blockwise and b.stride(2) == 1:
+    parts = [b] if isinstance(b, torch.Tensor) else b
+    (G, P, C), total = parts[0].shape, data.shape[2]
+    tiles = G * cdiv(C, TOKEN_TILE)
+    if parts[0].stride(2) == 1:
+        assert len(parts) == 1, f"strides {parts[0].stride()}: several b have axis 1 contiguous"
+        if format != "fp8_blockwise":
+            quantize_rows(parts[0], format, data, scale, programs)
+            return
         square_blocks[(G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),)](
-            b, *b.stride(), data.view(torch.int8), scale, P, C,
-            BLOCK=FP8_BLOCK, HARDWARE=hardware(b), num_warps=SQUARE_WARPS,
+            parts[0], *parts[0].stride(), data.view(torch.int8), scale, P, C,
+            BLOCK=FP8_BLOCK, HARDWARE=hardware(parts[0]), num_warps=SQUARE_WARPS,
         )  # fmt: skip
-    elif b.stride(2) == 1:
-        quantize_rows(b, format, data, scale, programs)
-    elif scale is None:
-        launch_straight(b.mT, G, C, P, format, data.mT, None, None, None, G * cdiv(C, TOKEN_TILE))
-    else:
-        blocks = cdiv(C, SCALE_BLOCKS.get(format, C))
-        lines = cdiv(P, FP8_BLOCK) if blockwise else P  # of scales
+        return
+    if format == "fp8_rowwise":
+        assert amax is not None, "fp8_rowwise needs amax"
+        amax.zero_()
+        for part in parts:
+            _launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
+    block = SCALE_BLOCKS.get(format, total)
+    assert len(parts) == 1 or total == len(parts) * C and (format == "fp8_rowwise" or C % block == 0), (
+        f"{len(parts)} parts of {C} columns for {total}: each fills whole blocks"
+    )
+    for index, part in enumerate(parts):
+        first = index * C
+        if scale is None:
+            launch_straight(part.mT, G, C, P, format, data.mT[:, first : first + C], None, None, None, tiles)
+            continue
+        blocks = cdiv(total, block)
+        lines = cdiv(P, FP8_BLOCK) if format == "fp8_blockwise" else P  # of scales
+        part_scale = scale if format == "fp8_rowwise" else scale[:, :, first // block :]
         _launch_columns(
-            b.mT, G, C, P, format,
-            data, (P * C, C), scale, (lines * blocks, blocks),
-            amax, None, None, G * cdiv(C, TOKEN_TILE),
+            part.mT, G, C, P, format,
+            data[:, :, first : first + C], (P * total, total), part_scale, (lines * blocks, blocks),
+            amax, None, None, tiles,
         )  # fmt: skip

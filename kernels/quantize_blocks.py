@@ -19,6 +19,7 @@ from xmoe.kernels.e4m3 import (
     mx_inverse,
     mx_scale,
 )
+from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
 from xmoe.operands import MX_BLOCK, TOKEN_TILE, padded_tokens
 
@@ -28,7 +29,7 @@ def rows_blocks(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, scale_ptr,
     R, P, C,
-    SCALING: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
+    SCALING: tl.constexpr, GATED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Several scales a row: one for 32 ("mx") or 128 ("blockwise") elements."""
@@ -39,7 +40,7 @@ def rows_blocks(
     col = first + tl.arange(0, BLOCK_C)[None, :]
     mask = (row < R) & (col < C)
     x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
-    x = tl.load(x_rows + col.to(tl.int64) * stride_xc, mask, 0.0).to(tl.float32)
+    x = read(x_rows + col.to(tl.int64) * stride_xc, C * stride_xc, mask, GATED).to(tl.float32)
     x = tl.reshape(x, (BLOCK_R, blocks, SIZE))
     amax = tl.max(magnitude(x), 2)
     if SCALING == "mx":
@@ -85,7 +86,7 @@ def columns_straight(
     data_ptr, stride_dg,
     scale_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    RAGGED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
+    GATED: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One block of 32 rows and BLOCK_C columns, written where it was read. A thread holds all rows of its columns, so
@@ -104,7 +105,7 @@ def columns_straight(
         values = ()
         for i in tl.static_range(32):
             row = (first + i).to(tl.int64)
-            x = tl.load(x_columns + row * stride_xr, (row < end) & (col < C), 0.0)
+            x = read(x_columns + row * stride_xr, C * stride_xc, (row < end) & (col < C), GATED)
             values += (x,)
             amax = tl.maximum(amax, magnitude(x.to(tl.float32)))
         byte = mx_byte(amax, RCEIL)
@@ -138,25 +139,27 @@ def dequantize_straight(
             tl.store(out_ptr + row * C + col, value.to(tl.bfloat16), inside)
 
 
-STRAIGHT_BLOCK = 128
-"""Columns of a straight program of one warp: 4 a thread, of 32 rows each; with 8, registers spill."""
+def straight_block(element_size: int, gated: bool) -> int:
+    """Columns of a straight program of one warp: 4 a thread, of 32 rows each, or as many as do not spill."""
+    return 64 if gated and element_size > 2 else 128
 
 
 def int8_or_bf16(data: torch.Tensor) -> torch.Tensor:
     return data if data.dtype == torch.bfloat16 else data.view(torch.int8)
 
 
-def launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles):
+def launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles, gated=False):
     """`x` and `data` are [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
     assert data.stride()[1:] == (C, 1), f"strides {data.stride()}: expected rows of {C}"
     if num_tiles:
-        columns_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), cdiv(C, STRAIGHT_BLOCK))](
+        block_c = straight_block(x.element_size(), gated)
+        columns_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), cdiv(C, block_c))](
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
             int8_or_bf16(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
             tiles, groups, G, 0 if ragged else R, C,
-            RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
-            BLOCK_R=TOKEN_TILE, BLOCK_C=STRAIGHT_BLOCK, HARDWARE=hardware(x), num_warps=1,
+            GATED=gated, RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+            BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=hardware(x), num_warps=1,
         )  # fmt: skip
 
 
@@ -167,6 +170,8 @@ def quantize_tokens_straight(
     scale: torch.Tensor | None,
     tiles: torch.Tensor,
     groups: torch.Tensor,
+    *,
+    gated: bool = False,
 ) -> None:
     """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, in place of its layout: the bytes
     of `quantize_tokens`, neither transposed nor padded.
@@ -176,10 +181,11 @@ def quantize_tokens_straight(
         data: e4m3 [M, C], or bf16 that receives data * scale. Rows of no group are left as they are.
         scale: E8M0 [Mp/32, C], written whole: the transpose of `quantize_tokens`'s; None with bf16 `data`.
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
+        gated: x [M, 2C] stands for its SwiGLU [M, C].
     """
-    (M, C), G = x.shape, groups.shape[0] - 1
+    (M, C), G = data.shape, groups.shape[0] - 1
     num_tiles = padded_tokens(M, G) // TOKEN_TILE
-    launch_straight(x[None], G, M, C, format, data[None], scale, tiles, groups, num_tiles)
+    launch_straight(x[None], G, M, C, format, data[None], scale, tiles, groups, num_tiles, gated)
 
 
 def dequantize_tokens_straight(

@@ -25,7 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, tiles, tuning
+from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, swiglu, tiles, tuning
 from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -88,7 +88,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                                {"RCEIL": mx["RCEIL"], "DEQUANTIZE": bf16_out, "HARDWARE": True} | scale
                                | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                                | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE,
-                                  "BLOCK_C": quantize_blocks.STRAIGHT_BLOCK}, sm, 1,
+                                  "BLOCK_C": quantize_blocks.straight_block(2, False)}, sm, 1,
                                divisible=("stride_xg", "stride_xr", "C", "stride_dg", "R"))  # fmt: skip
         blockwise = {"SCALING": "blockwise", "RCEIL": False, "HARDWARE": True}
         yield Case(f"rows_blocks[{dtype},blockwise]", quantize_blocks.rows_blocks,
@@ -113,6 +113,14 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": True}, sm, 1, divisible=("C",))  # fmt: skip
 
 
+def swiglu_cases(sm: int) -> Iterator[Case]:
+    for dtype in ("*bf16", "*fp32"):
+        yield Case(f"swiglu[{dtype}]", swiglu._swiglu, {"gate_up_ptr": dtype, "out_ptr": dtype},
+                   {"BLOCK": swiglu.BLOCK}, sm, divisible=("H",))  # fmt: skip
+        yield Case(f"swiglu_gradient[{dtype}]", swiglu._swiglu_gradient, {"dh_ptr": dtype, "gate_up_ptr": dtype},
+                   {"BLOCK": swiglu.BLOCK}, sm, divisible=("H",))  # fmt: skip
+
+
 def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
     types = types | dict.fromkeys(("data_ptr", "tiles_ptr", "groups_ptr", "amax_ptr"), "*i32")
     constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
@@ -120,6 +128,21 @@ def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], r
     constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": block}
     return Case(f"columns[{label}]", quantize._columns, types, constants, sm, warps,
                 divisible=("stride_xg", "stride_xr", "stride_dt", "stride_dc", "C", "R"))  # fmt: skip
+
+
+def gated(case: Case) -> Iterator[Case]:
+    """The quantizer as it reads a tensor, and, unless that is a weight, as it reads a SwiGLU's two halves."""
+    if "GATED" not in case.kernel.arg_names:
+        yield case
+        return
+    yield replace(case, constants=case.constants | {"GATED": False})
+    if case.constants.get("RAGGED", True):
+        constants, size = case.constants | {"GATED": True}, 2 if case.types["x_ptr"] == "*bf16" else 4
+        if case.kernel is quantize_blocks.columns_straight:
+            constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
+        if case.kernel is quantize._rows_fp8:
+            _, _, constants["STAGES"] = quantize.row_schedule(constants["PIECES"], 2 * size)
+        yield replace(case, name=f"{case.name},gated", constants=constants)
 
 
 def with_cast(case: Case) -> Case:
@@ -193,7 +216,8 @@ def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, con
                                          "PARTS": t.parts}  # fmt: skip
     instruction = INSTRUCTIONS[sm, "fp8" if elements == "blockwise" else elements]
     label = f"{name}[{elements},{out},{label}{',precise' if precise else ''}]"
-    return Case(label, kernel, types, constants, sm, t.warps, t.stages, instruction, ("P", "Q", "C"))
+    return Case(label, kernel, types, constants, sm, t.warps, t.stages, instruction,
+                ("P", "Q", "C", "stride_out", "stride_a", "stride_b"))  # fmt: skip
 
 
 def compile_case(case: Case) -> list[str]:
@@ -240,7 +264,8 @@ def main() -> int:
     failed = total = 0
     start = time.perf_counter()
     for sm in [args.sm] if args.sm else SHARED_MEMORY:
-        for case in (*map(with_cast, quantizer_cases(sm)), *gemm_cases(sm)):
+        quantizers = (with_cast(variant) for case in quantizer_cases(sm) for variant in gated(case))
+        for case in (*quantizers, *swiglu_cases(sm), *gemm_cases(sm)):
             if args.only not in case.name:
                 continue
             faults = compile_case(case)

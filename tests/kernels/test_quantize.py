@@ -90,11 +90,18 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
         owned, maps = max(0, *np.clip(offs.numpy(), 0, M)), token_map(offs.to(x.device), M)
         rows = oracle.quantize_rows(arrays(x), fmt)
         both = [empty_like(array, x.device) for array in (rows.data, rows.scale, expected.data, expected.scale)]
-        quantize.quantize_rows_and_tokens(x, tuple(both[:2]), tuple(both[2:]), amax.fill_(-1), *maps, 4)
+        rows_and_tokens(x, both[:2], both[2:], amax.fill_(-1), maps)
         for got, array in zip(both[:2], (rows.data, rows.scale), strict=True):
             assert same_bytes(got[:owned], array[:owned])
         for got, array in zip(both[2:], (expected.data, expected.scale), strict=True):
             assert same_bytes(got, array)
+
+
+def rows_and_tokens(x, rows, tokens, amax, maps) -> None:
+    """Both fp8_rowwise operands, the maxima of the columns found in the pass over the rows."""
+    known = quantize.quantize_rows(x, "fp8_rowwise", *rows, 4, (amax, maps[1]))
+    assert known == (x.shape[1] <= quantize.LONGEST_ROW)
+    quantize.quantize_tokens(x, "fp8_rowwise", *tokens, amax, *maps, amax_is_known=known)
 
 
 @pytest.mark.parametrize(("M", "C", "G"), [(40, 16, 150), (3, 16400, 2)])
@@ -112,7 +119,7 @@ def test_rows_and_tokens_of_many_groups_and_long_rows(backend, M, C, G):
     )
     amax = torch.full((G, C), -1, dtype=torch.int32, device=x.device)
     maps = token_map(torch.from_numpy(offs).to(x.device), M)
-    quantize.quantize_rows_and_tokens(x, (data, scale), tuple(of_tokens), amax, *maps, 4)
+    rows_and_tokens(x, (data, scale), of_tokens, amax, maps)
     for got, want in zip([data[: offs[-1]], scale[: offs[-1]], *of_tokens], expected, strict=True):
         assert same_bytes(got, want)
 
@@ -165,6 +172,21 @@ def test_weights(backend, fmt, axis, dtype, stored):
     data, scale = empty_like(expected.data, B.device), empty_like(expected.scale, B.device)
     amax = torch.full(expected.data.shape[:2], -1, dtype=torch.int32, device=B.device)
     quantize.quantize_weights(B.mT if axis == "K" else B, fmt, data, scale, amax, 4)
+    assert same_bytes(data, expected.data)
+    assert same_bytes(scale, expected.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_weights_side_by_side(backend, fmt, dtype):
+    """[G, K, 2N] of two weights stored [G, N, K], quantized along 2N as if they were one."""
+    G, K, N = (2, 144, 128) if fmt == "fp8_blockwise" else (3, 80, 96)
+    whole = to_kernel(awkward(G * K, 2 * N).view(G, K, 2 * N).to(dtype), backend)
+    expected = oracle.quantize_weights(arrays(whole), "N", fmt)
+    parts = [half.mT.contiguous().mT for half in whole.split(N, 2)]
+    data, scale = empty_like(expected.data, whole.device), empty_like(expected.scale, whole.device)
+    amax = torch.full((G, K), -1, dtype=torch.int32, device=whole.device)
+    quantize.quantize_weights(parts, fmt, data, scale, amax, 4)
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)
 
