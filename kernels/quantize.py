@@ -258,12 +258,12 @@ def row_pieces(C: int) -> tuple[int, ...]:
     return (first, 1 << (C - first - 1).bit_length()) if first < C else (first,)
 
 
-def row_schedule(pieces: tuple[int, ...], element_size: int) -> tuple[int, int, int]:
+def row_schedule(pieces: tuple[int, ...], element_size: int, gated: bool) -> tuple[int, int, int]:
     """(warps, programs a multiprocessor, stages: rows on their way from memory) of `_rows_fp8`. At [128000, 8192] on an
     H200: 0.80 ms with 4 warps and 4 programs, 0.87 with 4 and 3, 0.86 with 8 and 1."""
     elements, row_bytes = sum(pieces), sum(pieces) * element_size
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
-    stages = 4 if row_bytes <= 20 * 2**10 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
+    stages = 2 if gated else 4 if row_bytes <= 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
     return warps, 12 // warps if elements <= 5120 else 16 // warps, stages
 
 
@@ -321,7 +321,7 @@ def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs, g
         )
         return
     pieces = row_pieces(C)
-    warps, programs_each, stages = row_schedule(pieces, x.element_size() * (2 if gated else 1))
+    warps, programs_each, stages = row_schedule(pieces, x.element_size(), gated)
     G = 1 if groups is None else groups.shape[0] - 1
     _rows_fp8[(programs * programs_each,)](
         x, *strides, data.view(torch.int8), scale, amax, groups, R, P, C, G,

@@ -59,7 +59,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
         for C in (768, 2048, 5120, 7168, 8192, 16384):
             for amax in (True, False):
                 pieces = quantize.row_pieces(C)
-                warps, _, stages = quantize.row_schedule(pieces, 2 if dtype == "bf16" else 4)
+                warps, _, stages = quantize.row_schedule(pieces, 2 if dtype == "bf16" else 4, False)
                 yield Case(f"rows_fp8[{dtype},{pieces},amax={amax}]", quantize._rows_fp8,
                            x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
                            ({} if amax else {"amax_ptr": None, "groups_ptr": None})
@@ -141,7 +141,7 @@ def gated(case: Case) -> Iterator[Case]:
         if case.kernel is quantize_blocks.columns_straight:
             constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
         if case.kernel is quantize._rows_fp8:
-            _, _, constants["STAGES"] = quantize.row_schedule(constants["PIECES"], 2 * size)
+            _, _, constants["STAGES"] = quantize.row_schedule(constants["PIECES"], size, True)
         yield replace(case, name=f"{case.name},gated", constants=constants)
 
 
