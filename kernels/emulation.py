@@ -224,6 +224,23 @@ def grouped_mm_tokens_bf16(
     return out
 
 
+# ------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """h [M, H] = silu(g) u of gate_up [M, 2H] = [g | u]: float32, rounded once to the dtype of gate_up."""
+    g, u = gate_up.float().chunk(2, 1)
+    return (g / (1 + torch.exp(-g)) * u).to(gate_up.dtype)
+
+
+def swiglu_gradient(dh: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """[dg | du] [M, 2H] of dh [M, H], each rounded once to the dtype of gate_up."""
+    g, u = gate_up.float().chunk(2, 1)
+    s = 1 / (1 + torch.exp(-g))
+    dg, du = dh.float() * u * (s * (1 + g * (1 - s))), dh.float() * (g * s)
+    return torch.cat([dg, du], 1).to(gate_up.dtype)
+
+
 # --------------------------------------------------------------------------------------------------------- internals
 
 

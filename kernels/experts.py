@@ -1,18 +1,18 @@
 """SwiGLU experts in one piece: what `xmoe.kernels.pipeline` is for one grouped GEMM, for the three of an expert.
 
 M tokens sorted by expert, D model width, H hidden width, G experts held here, Mp padded tokens (`xmoe.operands`).
-Weights are stored as PyTorch stores linear ones: w1, w3 [G, H, D], w2 [G, D, H], contiguous.
+Weights are stored as PyTorch stores linear ones: w1, w3 [G, H, D] and w2 [G, D, H], contiguous.
 
     g = x w1^T, u = x w3^T      h = silu(g) u      out = h w2^T
 
-Beside three separate grouped GEMMs:
-- x is quantized once for w1 and w3, and so are its tokens for both weight gradients;
-- the gradient of x is one GEMM over [dg | du] and [w1 ; w3], of contraction 2H: one scale a row of both halves, one sum
-  in float32. So an MX format asks for H % 32 == 0 and fp8_blockwise for H % 128 == 0 (`fuses`);
-- h is rounded once, is not kept, and its gradient takes the place of what it was made of.
+What three separate grouped GEMMs cannot have:
+- x is quantized once for w1 and w3, and its tokens once for both weight gradients;
+- h is rounded once, quantized as it is made, and not kept;
+- the gradient of x is one GEMM over [dg | du] and [w1 ; w3], of contraction 2H: one scale a row for both halves, one
+  sum in float32. So an MX format asks for H % 32 == 0 and fp8_blockwise for H % 128 == 0 (`fuses`).
 
-A step is `forward`, then `pipeline.backward` of w2 (`output_problem`), `dgrad` and `wgrad`: apart, so that a frontend
-can let go of memory in between.
+A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `dgrad` and `wgrad`: apart, so that a
+frontend can let go of memory in between.
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,19 @@ import torch
 
 from xmoe.config import GroupedMMConfig
 from xmoe.kernels import emulation, pipeline
+from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, Implementation, select
-from xmoe.kernels.pipeline import HAS_TRITON, Problem, Spec, Tensors, TensorSpec, saves_input
-from xmoe.operands import SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand
+from xmoe.kernels.specs import HAS_TRITON, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
+from xmoe.operands import SCALE_BLOCKS, TOKEN_TILE
 
 if HAS_TRITON:
     from xmoe.kernels import swiglu
+    from xmoe.kernels.quantize import LONGEST_ROW
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The static facts of a call. Dtypes are names; gate_up and h have that of x."""
+    """The static facts of a call. Dtypes are names; that of x is also that of gate_up, h and their gradients."""
 
     M: int
     D: int
@@ -48,14 +50,14 @@ class Experts:
         return Problem(self.M, self.H, self.D, self.G, self.x_dtype, self.w_dtype, self.x_dtype)
 
     @property
-    def output_problem(self) -> Problem:
-        """h times w2."""
-        return Problem(self.M, self.D, self.H, self.G, self.x_dtype, self.w_dtype, self.out_dtype)
-
-    @property
     def joint_problem(self) -> Problem:
         """x times w1 and w3 side by side."""
         return Problem(self.M, 2 * self.H, self.D, self.G, self.x_dtype, self.w_dtype, self.x_dtype)
+
+    @property
+    def output_problem(self) -> Problem:
+        """h times w2."""
+        return Problem(self.M, self.D, self.H, self.G, self.x_dtype, self.w_dtype, self.out_dtype)
 
 
 def fuses(config: GroupedMMConfig, H: int) -> bool:
@@ -66,16 +68,25 @@ def fuses(config: GroupedMMConfig, H: int) -> bool:
 # --------------------------------------------------------------------------------------------------------------- specs
 
 
+def _is_map(name: str) -> bool:
+    return name.startswith(("tiles_", "groups_"))
+
+
+def _part(tensors: Tensors, part: str) -> dict[str, torch.Tensor]:
+    """The tensors called "`part`.name", as name, and the maps."""
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix) or _is_map(name)}
+
+
 def forward_outputs(e: Experts, config: GroupedMMConfig, impl: Implementation, save: bool) -> dict[str, TensorSpec]:
     """``out`` [M, D]; with `save` also ``gate_up`` [M, 2H] and, unless `saves_input(config)`, the wgrad operands of x
-    and h: ``x_tokens``, ``x_tokens_scale``, ``h_tokens``, ``h_tokens_scale`` (as `pipeline.forward_outputs` has them)."""
+    and h, ``x_tokens``, ``x_tokens_scale``, ``h_tokens``, ``h_tokens_scale`` (as in `pipeline.forward_outputs`)."""
     outputs = {"out": TensorSpec((e.M, e.D), e.out_dtype)}
-    if not save:
-        return outputs
-    outputs["gate_up"] = TensorSpec((e.M, 2 * e.H), e.x_dtype)
-    if not saves_input(config):
-        outputs |= pipeline._tokens("x_tokens", e.D, e.output_problem, config, impl.straight_tokens)
-        outputs |= pipeline._tokens("h_tokens", e.H, e.output_problem, config, impl.straight_tokens)
+    if save:
+        outputs["gate_up"] = TensorSpec((e.M, 2 * e.H), e.x_dtype)
+        for name, problem in (("x", e.input_problem), ("h", e.output_problem)):
+            gemm = pipeline.forward_outputs(problem, config, impl, True)
+            outputs |= {name + key.removeprefix("a"): gemm[key] for key in gemm if key != "out"}
     return outputs
 
 
@@ -84,39 +95,188 @@ def forward_spec(experts: Experts, config: GroupedMMConfig, device: Device, save
     """Outputs: `forward_outputs`."""
     e, impl = experts, select(config, device)
     spec = Spec(forward_outputs(e, config, impl, save))
-    if "gate_up" not in spec.outputs:
+    if not save:
         spec.scratch["gate_up"] = TensorSpec((e.M, 2 * e.H), e.x_dtype)
     if impl.gemm == "emulated":
         return spec
-    spec.scratch["hidden"] = TensorSpec((e.M, e.H), e.x_dtype)
-    for part, problem, name in (("in", e.input_problem, "x"), ("out", e.output_problem, "h")):
-        gemm = pipeline.forward_spec(problem, config, device, save)
-        for key, tensor in gemm.scratch.items():
-            key = key.replace("a_tokens", f"{name}_tokens") if key.startswith("a_tokens") else key
-            key = name + key[1:] if key in ("a", "a_scale") else key
-            spec.scratch[key if _is_map(key) else f"{part}.{key}"] = tensor
+    if config.format == "bf16":
+        spec.scratch["hidden"] = TensorSpec((e.M, e.H), e.x_dtype)
+    for part, problem in (("in", e.input_problem), ("out", e.output_problem)):
+        for name, tensor in pipeline.forward_spec(problem, config, device, save).scratch.items():
+            spec.scratch[name if _is_map(name) else f"{part}.{name}"] = tensor
+    spec.scratch.pop("out.b", None)  # as many bytes as in.b
     return spec
-
-
-def _is_map(name: str) -> bool:
-    return name.startswith(("tiles_", "groups_"))
 
 
 @lru_cache(maxsize=4096)
-def dgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device, need_dx: bool = True) -> Spec:
-    """Outputs: ``dx`` [M, D] in x_dtype with `need_dx`; in fp8_rowwise also ``amax`` int32 [G, 2H], for `wgrad`."""
+def dgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spec:
+    """Outputs: ``dx`` [M, D] in x_dtype and, where it costs nothing, ``amax`` int32 [G, 2H], for `wgrad`.
+
+    Scratch ``d``, the rows of the gradient of gate_up, may lie where dh does, if it fits.
+    """
     e, impl = experts, select(config, device)
-    spec = Spec()
-    if need_dx:
-        spec.outputs["dx"] = TensorSpec((e.M, e.D), e.x_dtype)
-        if impl.gemm == "emulated":
-            return spec
-        if config.format == "fp8_rowwise" and not saves_input(config):
-            spec.outputs["amax"] = TensorSpec((e.G, 2 * e.H), "int32")
-        joint = pipeline.backward_spec(e.joint_problem, config, device, True, False)
-        spec.scratch.update(joint.scratch)
-        if config.format == "fp8_rowwise":
-            spec.scratch.update(pipeline._map(TOKEN_TILE, e.joint_problem))
-        if config.format == "bf16":
-            spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
+    spec = Spec({"dx": TensorSpec((e.M, e.D), e.x_dtype)})
+    if impl.gemm == "emulated":
+        return spec
+    spec.scratch.update(pipeline.backward_spec(e.joint_problem, config, device, True, False).scratch)
+    if config.format == "bf16":
+        spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
+    if config.format == "fp8_rowwise" and not saves_input(config) and 2 * e.H <= LONGEST_ROW:
+        spec.outputs["amax"] = TensorSpec((e.G, 2 * e.H), "int32")
+        spec.scratch.update(token_map(TOKEN_TILE, e.joint_problem))
     return spec
+
+
+@lru_cache(maxsize=4096)
+def wgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spec:
+    """Outputs: ``dw1`` and ``dw3`` [G, H, D] in w_dtype."""
+    e = experts
+    outputs = {name: TensorSpec((e.G, e.H, e.D), e.w_dtype) for name in ("dw1", "dw3")}
+    problem = e.input_problem if saves_input(config) else e.joint_problem
+    return Spec(outputs, pipeline.backward_spec(problem, config, device, False, True).scratch)
+
+
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+def forward(
+    experts: Experts,
+    config: GroupedMMConfig,
+    device: Device,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor,
+    offs: torch.Tensor,
+    outputs: Tensors,
+    scratch: Tensors,
+) -> None:
+    """Write the outputs of `forward_spec`.
+
+    Args:
+        x: bf16 or fp32 [M, D], contiguous.
+        w1, w2, w3: bf16 or fp32, [G, H, D], [G, D, H], [G, H, D], contiguous.
+        offs: int32 [G], cumulative group ends; any values (docs/design.md).
+        outputs, scratch: by the names of `forward_spec`, contiguous.
+    """
+    e = experts
+    gate_up = outputs["gate_up"] if "gate_up" in outputs else scratch["gate_up"]
+    if select(config, device).gemm == "emulated":
+        _emulated_forward(config, x, w1, w2, w3, offs, gate_up, outputs)
+        return
+    with on_device(offs):
+        inner = Call(e.input_problem, config, device, offs, _part(scratch, "in"))
+        rows = _rows(inner, x, outputs, "x")
+        for w, half in zip((w1, w3), gate_up.split(e.H, 1), strict=True):
+            inner.grouped_mm(rows, w, half)
+        of_h = _part(scratch, "out")
+        if "in.b" in scratch:
+            of_h["b"] = scratch["in.b"].view(w2.shape)
+        outer = Call(e.output_problem, config, device, offs, of_h, gated=True)
+        outer.mapped = inner.mapped
+        if config.format == "bf16":
+            swiglu.swiglu(gate_up, scratch["hidden"])
+            rows = outer.rows("a", scratch["hidden"])
+        else:
+            rows = _rows(outer, gate_up, outputs, "h")
+        outer.grouped_mm(rows, w2, outputs["out"])
+
+
+def _rows(call, x: torch.Tensor, outputs: Tensors, name: str):
+    """The rows of x, and its tokens into those of `outputs`."""
+    if f"{name}_tokens" not in outputs:
+        return call.rows("a", x)
+    tokens = {"a_tokens": outputs[f"{name}_tokens"], "a_tokens_scale": outputs[f"{name}_tokens_scale"]}
+    return call.rows_and_tokens("a", x, tokens)[0]
+
+
+def dgrad(
+    experts: Experts,
+    config: GroupedMMConfig,
+    device: Device,
+    dh: torch.Tensor,
+    gate_up: torch.Tensor,
+    w1: torch.Tensor,
+    w3: torch.Tensor,
+    offs: torch.Tensor,
+    outputs: Tensors,
+    scratch: Tensors,
+) -> None:
+    """Put the gradient of gate_up [M, 2H] in its place, given that of h, dh [M, H]; then write the outputs of
+    `dgrad_spec`, if there are any (``outputs`` may be empty)."""
+    e, emulated = experts, select(config, device).gemm == "emulated"
+    if emulated:
+        gate_up.copy_(emulation.swiglu_gradient(dh, gate_up))
+    else:
+        with on_device(offs):
+            swiglu.swiglu_gradient_(dh, gate_up)
+    if "dx" not in outputs:
+        return
+    if emulated:
+        joint = torch.cat([w1, w3], 1)
+        grads = {"dA": outputs["dx"]}
+        pipeline.backward(e.joint_problem, config, device, gate_up, (), joint.mT, offs, grads, {})
+        return
+    with on_device(offs):
+        call = Call(e.joint_problem, config, device, offs, scratch)
+        rows = call.rows_and_amax("d", gate_up, outputs["amax"])[0] if "amax" in outputs else call.rows("d", gate_up)
+        call.grouped_mm(rows, [w1.mT, w3.mT], outputs["dx"])
+
+
+def wgrad(
+    experts: Experts,
+    config: GroupedMMConfig,
+    device: Device,
+    d_gate_up: torch.Tensor,
+    amax: torch.Tensor | None,
+    x_saved: tuple[torch.Tensor, ...],
+    offs: torch.Tensor,
+    outputs: Tensors,
+    scratch: Tensors,
+) -> None:
+    """Write the outputs of `wgrad_spec`.
+
+    Args:
+        d_gate_up: [M, 2H], what `dgrad` left of gate_up.
+        amax: its output; None if there was none.
+        x_saved: ``(x,)`` if `saves_input(config)`, else ``(x_tokens, x_tokens_scale)``.
+    """
+    e, halves, grads = experts, d_gate_up.split(experts.H, 1), (outputs["dw1"].mT, outputs["dw3"].mT)
+    if select(config, device).gemm == "emulated":
+        for d, grad in zip(halves, grads, strict=True):
+            pipeline.backward(e.input_problem, config, device, d, x_saved, grad, offs, {"dB": grad}, {})
+        return
+    with on_device(offs):
+        call = Call(e.joint_problem, config, device, offs, scratch)
+        if saves_input(config):
+            for d, grad in zip(halves, grads, strict=True):
+                call.wgrad_hp(x_saved[0], d, grad)
+            return
+        x, x_scale = x_saved
+        data, scale = call.tokens("d_tokens", d_gate_up, scratch, amax, amax is not None)
+        a = call.saved_tokens((x, x_scale), e.M)
+        for half, grad in enumerate(grads):
+            call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), e.M, grad)
+
+
+def _half(d: tuple[torch.Tensor, torch.Tensor | None], half: int, e: Experts, config: GroupedMMConfig, straight: bool):
+    """The wgrad operand of dg or du in that of both."""
+    data, scale = d
+    own = slice(half * e.H, (half + 1) * e.H)
+    if straight:
+        return data[:, own], None
+    assert scale is not None, "a wgrad operand in 8 bits has scales"
+    return data[own], scale[:, own] if config.format == "fp8_rowwise" else scale[own]
+
+
+def _emulated_forward(config: GroupedMMConfig, x, w1, w2, w3, offs, gate_up, outputs: Tensors) -> None:
+    def multiply(a: torch.Tensor, w: torch.Tensor, name: str, out: torch.Tensor) -> None:
+        tensors = {"out": out}
+        if f"{name}_tokens" in outputs:
+            tensors |= {"a_tokens": outputs[f"{name}_tokens"], "a_tokens_scale": outputs[f"{name}_tokens_scale"]}
+        pipeline.emulated_forward(config, a, w.mT, offs, tensors)
+
+    gates, ups = gate_up.split(w1.shape[1], 1)
+    multiply(x, w1, "x", gates)
+    multiply(x, w3, "", ups)
+    multiply(emulation.swiglu(gate_up), w2, "h", outputs["out"])

@@ -263,7 +263,8 @@ def row_schedule(pieces: tuple[int, ...], element_size: int, gated: bool) -> tup
     H200: 0.80 ms with 4 warps and 4 programs, 0.87 with 4 and 3, 0.86 with 8 and 1."""
     elements, row_bytes = sum(pieces), sum(pieces) * element_size
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
-    stages = 2 if gated else 4 if row_bytes <= 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
+    stages = 4 if row_bytes <= 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
+    stages = 2 if gated else stages
     return warps, 12 // warps if elements <= 5120 else 16 // warps, stages
 
 
@@ -443,7 +444,7 @@ def quantize_weights(
         for part in parts:
             _launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
     block = SCALE_BLOCKS.get(format, total)
-    assert len(parts) == 1 or total == len(parts) * C and (format == "fp8_rowwise" or C % block == 0), (
+    assert len(parts) == 1 or (total == len(parts) * C and (format == "fp8_rowwise" or C % block == 0)), (
         f"{len(parts)} parts of {C} columns for {total}: each fills whole blocks"
     )
     for index, part in enumerate(parts):

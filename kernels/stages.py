@@ -11,6 +11,7 @@ import torch
 
 from xmoe.config import GroupedMMConfig
 from xmoe.kernels import emulation, pipeline
+from xmoe.kernels.call import Call
 from xmoe.kernels.dispatch import Device, select
 from xmoe.operands import QuantizedOperand
 
@@ -90,9 +91,7 @@ class _KernelCalls:
         self._forward, self._backward = (
             pipeline.allocate(s.outputs | s.scratch, offs.device) for s in (forward, backward)
         )
-        self._calls = [
-            pipeline._Call(problem, config, device, offs, tensors) for tensors in (self._forward, self._backward)
-        ]
+        self._calls = [Call(problem, config, device, offs, tensors) for tensors in (self._forward, self._backward)]
 
     def rows(self, A: torch.Tensor) -> Written:
         return _written(lambda: [self._calls[0].rows("a", A)])
@@ -202,7 +201,7 @@ def prepared_gemm(config: GroupedMMConfig, A: torch.Tensor, B: torch.Tensor, off
     scratch = pipeline.allocate(pipeline.forward_spec(problem, config, device, save_tokens=False).scratch, A.device)
     call = _PreparedCall(problem, config, device, offs, scratch)
     rows = call.rows("a", A)
-    call.prepared = pipeline._Call.weights(call, B.mT)
+    call.prepared = Call.weights(call, B.mT)
 
     def launch() -> None:
         call.mapped.clear()  # the tile map is part of every call
@@ -211,7 +210,7 @@ def prepared_gemm(config: GroupedMMConfig, A: torch.Tensor, B: torch.Tensor, off
     return PreparedGemm(*rows, *call.prepared, out, launch)
 
 
-class _PreparedCall(pipeline._Call):
+class _PreparedCall(Call):
     """A call whose weights are quantized already."""
 
     prepared: tuple[torch.Tensor, torch.Tensor | None]

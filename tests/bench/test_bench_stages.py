@@ -12,7 +12,7 @@ from xmoe.bench.exactness import WrongResult
 from xmoe.bench.options import COMMANDS, Options
 from xmoe.bench.report import BOTH, FORWARD
 from xmoe.bench.results import BF16
-from xmoe.kernels import e4m3, pipeline, stages
+from xmoe.kernels import call, e4m3, pipeline, stages
 from xmoe.kernels.dispatch import Device
 from xmoe.operands import FORMATS
 from xmoe.shapes import LayerShape, Shape
@@ -29,7 +29,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline of sm_90, its kernels interpreted."""
     if e4m3.HARDWARE or not INTERPRETER_WORKS:
         pytest.skip("for a working interpreter")
-    monkeypatch.setattr(pipeline, "_programs", lambda index: 3)
+    monkeypatch.setattr(call, "_programs", lambda index: 3)
     monkeypatch.setattr(pipeline, "device_of", lambda *_: HOPPER)
 
 

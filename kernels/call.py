@@ -1,0 +1,202 @@
+"""The stages of one call on a GPU: quantize, map, multiply. What `pipeline` and `experts` are made of.
+
+M tokens, K contraction of the forward, N output features, G groups.
+"""
+
+import contextlib
+from functools import lru_cache
+
+import torch
+
+from xmoe.config import Accumulation, GroupedMMConfig
+from xmoe.kernels.dispatch import Device, Elements, select
+from xmoe.kernels.specs import HAS_TRITON, Problem, Tensors, Weights, gemm_tiles
+from xmoe.operands import TOKEN_TILE
+
+if HAS_TRITON:
+    from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, tiles
+
+
+@lru_cache
+def _programs(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Call:
+    """The stages of one call: quantize, map, multiply. Reads sizes from the tensors, tile shapes from the problem."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: GroupedMMConfig,
+        device: Device,
+        offs: torch.Tensor,
+        scratch: Tensors,
+        gated: bool = False,
+    ):
+        """`gated`: the activations that come are [M, 2K], for their SwiGLU [M, K]."""
+        self.problem, self.config, self.device, self.gated = problem, config, device, gated
+        self.implementation = select(config, device)
+        self.offs, self.scratch = offs, scratch
+        self.precise = config.accumulation is Accumulation.PRECISE
+        self.programs = _programs(offs.device.index)
+        self.mapped: set[int] = set()
+
+    def map(self, M: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        token_tiles, groups = self.scratch[f"tiles_{tile}"], self.scratch[f"groups_{tile}"]
+        if tile not in self.mapped:
+            tiles.map_tiles(self.offs, M, tile, token_tiles, groups)
+            self.mapped.add(tile)
+        return token_tiles, groups
+
+    def gemm_tiles(self, kernel: str, elements: Elements, out: torch.Tensor):
+        dtype = str(out.dtype).removeprefix("torch.")
+        return gemm_tiles(kernel, elements, self.problem, self.config, self.device, dtype)
+
+    def rows(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The operand of x's rows; of those of its SwiGLU where x is `gated`."""
+        if self.config.format == "bf16":
+            return self.cast(name, x), None
+        data, scale = self.scratch[name], self.scratch.get(f"{name}_scale")
+        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, gated=self.gated)
+        return data, scale
+
+    def weights(self, b: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """b [G, P, C], contraction C; several are side by side along it."""
+        parts = [b] if isinstance(b, torch.Tensor) else b
+        (G, P, _), C = parts[0].shape, sum(part.shape[2] for part in parts)
+        if self.config.format == "bf16":
+            if len(parts) > 1:
+                return torch.cat([part.mT for part in parts], 1, out=self.scratch["b"].view(G, C, P)).mT, None
+            return (parts[0] if parts[0].dtype == torch.bfloat16 else self.scratch["b"].copy_(parts[0])), None
+        data, scale = self.scratch["b"], self.scratch.get("b_scale")
+        if scale is None and parts[0].stride(2) != 1:  # bf16 in the layout of b
+            data = data.view(G, C, P).mT
+        quantize.quantize_weights(parts, self.config.format, data, scale, self.scratch.get("b_amax"), self.programs)
+        return data, scale
+
+    def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == torch.bfloat16 else self.scratch[name].copy_(x)
+
+    def tokens(
+        self,
+        name: str,
+        x: torch.Tensor,
+        tensors: Tensors,
+        amax: torch.Tensor | None = None,
+        amax_is_known: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The wgrad operand of x, `name` in `tensors`; amax as in `rows_and_amax`."""
+        data, scale = tensors[name], tensors.get(f"{name}_scale")
+        map = self.map(x.shape[0], TOKEN_TILE)
+        if self.implementation.straight_tokens:
+            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=self.gated)
+        else:
+            assert scale is not None, f"{name} has no scale"
+            amax = self.scratch.get(f"{name}_amax") if amax is None else amax
+            quantize.quantize_tokens(
+                x, self.config.format, data, scale, amax, *map, amax_is_known=amax_is_known, gated=self.gated
+            )
+        return data, scale
+
+    def rows_and_tokens(self, name: str, x: torch.Tensor, tensors: Tensors):
+        """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`."""
+        amax = self.scratch.get(f"{name}_tokens_amax")
+        rows, amax_is_known = self.rows_and_amax(name, x, amax)
+        return rows, self.tokens(f"{name}_tokens", x, tensors, amax, amax_is_known)
+
+    def rows_and_amax(self, name: str, x: torch.Tensor, amax: torch.Tensor | None):
+        """(rows, whether `amax` was filled): with the maxima that `tokens` needs, where they come at no cost."""
+        if self.config.format != "fp8_rowwise":
+            return self.rows(name, x), False
+        assert amax is not None, "fp8_rowwise needs amax"
+        rows = self.scratch[name], self.scratch[f"{name}_scale"]
+        _, groups = self.map(x.shape[0], TOKEN_TILE)
+        columns = amax, groups
+        return rows, quantize.quantize_rows(x, self.config.format, *rows, self.programs, columns, gated=self.gated)
+
+    def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: Weights, out: torch.Tensor) -> None:
+        """out[M, P] = a[M, C] @ b[G, P, C]^T, b as in `weights`."""
+        tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
+        a_data, a_scale = a
+        b_data, b_scale = self.weights(b)
+        token_tiles, groups = self.map(a_data.shape[0], tuned.rows)
+        if self.implementation.gemm == "torch":
+            _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
+            return
+        grouped_gemm.grouped_mm(
+            a_data, a_scale, b_data, b_scale, token_tiles, groups, out, tuned, self.programs, self.precise,
+            self.implementation.elements == "blockwise",
+        )  # fmt: skip
+
+    def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out: torch.Tensor) -> None:
+        """out[G, K, N] from wgrad operands of A and dOut; an out that is stored [G, N, K] swaps them."""
+        if out.stride(2) != 1:
+            a, a_scale, b, b_scale, out = b, b_scale, a, a_scale, out.mT
+        if self.implementation.gemm == "torch":
+            _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, not self.precise)
+            return
+        elements = self.implementation.wgrad_elements
+        tuned = self.gemm_tiles("grouped_mm_tokens", elements, out)
+        grouped_gemm.grouped_mm_tokens(
+            a, a_scale, b, b_scale, groups, out, tuned, self.programs, self.precise, elements == "blockwise"
+        )
+
+    def wgrad_hp(self, A: torch.Tensor, dOut: torch.Tensor, dB: torch.Tensor) -> None:
+        """dB from A and dOut in bf16, as they lie."""
+        _, groups = self.map(dOut.shape[0], TOKEN_TILE)
+        self.grouped_mm_tokens(self.cast("a_hp", A), None, self.cast("d_hp", dOut), None, groups, dB)
+
+    def saved_tokens(self, a: tuple[torch.Tensor, torch.Tensor], M: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The wgrad operand of A, from what the forward saved of it."""
+        if not self.implementation.straight_tokens:
+            return a
+        data = self.scratch["a_tokens_bf16"]
+        quantize_blocks.dequantize_tokens_straight(*a, data, *self.map(M, TOKEN_TILE))
+        return data, None
+
+    def wgrad(
+        self,
+        a: tuple[torch.Tensor, torch.Tensor | None],
+        d: tuple[torch.Tensor, torch.Tensor | None],
+        M: int,
+        dB: torch.Tensor,
+    ) -> None:
+        """dB from the wgrad operands of A and dOut."""
+        self.grouped_mm_tokens(*a, *d, self.map(M, TOKEN_TILE)[1], dB)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def _ends(groups: torch.Tensor) -> torch.Tensor:
+    return groups[:-1, 1].contiguous()
+
+
+def _torch_grouped_mm(a, a_scale, b, b_scale, groups, out, fast: bool) -> None:
+    ends = _ends(groups)
+    if a_scale is None:
+        result = torch._grouped_mm(a, b.mT, ends)
+    else:
+        result = torch._scaled_grouped_mm(
+            a, b.mT, a_scale, b_scale, ends, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+    out.copy_(result)
+    rows = torch.arange(out.shape[0], device=out.device)
+    out.masked_fill_((rows >= groups[-1, 0])[:, None], 0.0)
+
+
+def _torch_grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, fast: bool) -> None:
+    if a_scale is not None:
+        ends = groups[1:, 2] * TOKEN_TILE
+        result = torch._scaled_grouped_mm(
+            a, b.mT, a_scale.flatten(), b_scale.flatten(), ends, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+    else:
+        result = torch._grouped_mm(a.mT, b, _ends(groups))
+    out.copy_(result)
+    out.masked_fill_((groups[:-1, 0] == groups[:-1, 1])[:, None, None], 0.0)

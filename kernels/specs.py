@@ -1,0 +1,193 @@
+"""Specs: what a call of `xmoe.kernels.pipeline` writes, worked out from static facts.
+
+M tokens, K contraction of the forward, N output features, G groups, Mp padded tokens (`xmoe.operands`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from xmoe.config import Accumulation, GroupedMMConfig
+from xmoe.kernels.dispatch import Device, Elements, Implementation, select
+from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE, padded_tokens
+
+try:
+    import triton  # noqa: F401
+
+    from xmoe.kernels import tiles, tuning
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+Tensors = Mapping[str, torch.Tensor]
+Weights = torch.Tensor | Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The static facts of one grouped GEMM. Dtypes are names ("bfloat16", "float32")."""
+
+    M: int
+    N: int
+    K: int
+    G: int
+    a_dtype: str = "bfloat16"
+    b_dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be: its shape and its dtype's name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a call writes: its outputs, and scratch whose content means nothing afterwards."""
+
+    outputs: dict[str, TensorSpec] = field(default_factory=dict)
+    scratch: dict[str, TensorSpec] = field(default_factory=dict)
+
+
+@lru_cache
+def device_of(type: str, index: int | None = None) -> Device:
+    """The dispatch table's view of a torch device."""
+    if type != "cuda":
+        return Device(type, triton=HAS_TRITON)
+    return Device(type, torch.cuda.get_device_capability(index), HAS_TRITON)
+
+
+def saves_input(config: GroupedMMConfig) -> bool:
+    """Whether the backward takes A itself (its wgrad is in bf16) instead of A's quantized wgrad operand."""
+    return config.wgrad_with_hp or config.format == "bf16"
+
+
+# --------------------------------------------------------------------------------------------------------------- specs
+
+
+def _operand(name: str, lead: tuple[int, ...], C: int, format: str, elements: Elements) -> dict[str, TensorSpec]:
+    """The tensors of an operand [*lead, C] that is quantized along C."""
+    if elements == "bf16":
+        return {name: TensorSpec((*lead, C), "bfloat16")}
+    scale = TensorSpec(lead, "float32")
+    if format != "fp8_rowwise":
+        dtype = "float32" if format == "fp8_blockwise" else "float8_e8m0fnu"
+        scale = TensorSpec((*lead, -(-C // SCALE_BLOCKS[format])), dtype)
+    return {name: TensorSpec((*lead, C), "float8_e4m3fn"), f"{name}_scale": scale}
+
+
+def _weights(out: int, contraction: int, p: Problem, config: GroupedMMConfig, impl: Implementation):
+    if config.format == "bf16":
+        return {} if p.b_dtype == "bfloat16" else {"b": TensorSpec((p.G, out, contraction), "bfloat16")}
+    specs = _operand("b", (p.G, out), contraction, config.format, impl.elements)
+    if config.format == "fp8_rowwise":
+        specs["b_amax"] = TensorSpec((p.G, out), "int32")
+    if config.format == "fp8_blockwise":
+        specs["b_scale"] = TensorSpec((p.G, -(-out // FP8_BLOCK), -(-contraction // FP8_BLOCK)), "float32")
+    return specs
+
+
+def _rows(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, impl: Implementation):
+    if config.format == "bf16":
+        return {} if dtype == "bfloat16" else {name: TensorSpec((p.M, C), "bfloat16")}
+    return _operand(name, (p.M,), C, config.format, impl.elements)
+
+
+def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, straight: bool) -> dict[str, TensorSpec]:
+    """The wgrad operand, in 8 bits."""
+    Mp = padded_tokens(p.M, p.G)
+    if straight:
+        scale = TensorSpec((Mp // MX_BLOCK, C), "float8_e8m0fnu")
+        return {name: TensorSpec((p.M, C), "float8_e4m3fn"), f"{name}_scale": scale}
+    specs = _operand(name, (C,), Mp, config.format, "fp8")
+    if config.format == "fp8_rowwise":
+        specs[f"{name}_scale"] = TensorSpec((p.G, C), "float32")
+    return specs
+
+
+def _tokens_scratch(name: str, C: int, p: Problem, config: GroupedMMConfig) -> dict[str, TensorSpec]:
+    return {f"{name}_amax": TensorSpec((p.G, C), "int32")} if config.format == "fp8_rowwise" else {}
+
+
+def token_map(tile: int, p: Problem) -> dict[str, TensorSpec]:
+    """The map of `tile`-token tiles; GEMM and quantizer share it where their tiles are alike."""
+    return {
+        f"tiles_{tile}": TensorSpec((max(1, tiles.max_tiles(p.M, p.G, tile)), tiles.TILE_FIELDS), "int32"),
+        f"groups_{tile}": TensorSpec((p.G + 1, tiles.TILE_FIELDS), "int32"),
+    }
+
+
+def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool):
+    """``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A: ``a_tokens`` and
+    ``a_tokens_scale``: e4m3 [K, Mp] and float32 [G, K] or [K, Mp/128] or E8M0 [K, Mp/32], or, where the implementation
+    keeps tokens straight, e4m3 [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives
+    until the backward."""
+    out = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
+    if not save_tokens or saves_input(config):
+        return out
+    return out | _tokens("a_tokens", p.K, p, config, impl.straight_tokens)
+
+
+@lru_cache(maxsize=4096)
+def forward_spec(problem: Problem, config: GroupedMMConfig, device: Device, save_tokens: bool = True) -> Spec:
+    """Outputs: `forward_outputs`."""
+    p, impl = problem, select(config, device)
+    spec = Spec(forward_outputs(p, config, impl, save_tokens))
+    if impl.gemm == "emulated":
+        return spec
+    if "a_tokens" in spec.outputs:
+        spec.scratch.update(_tokens_scratch("a_tokens", p.K, p, config) | token_map(TOKEN_TILE, p))
+    spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl) | _weights(p.N, p.K, p, config, impl))
+    spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
+    return spec
+
+
+@lru_cache(maxsize=4096)
+def backward_spec(
+    problem: Problem, config: GroupedMMConfig, device: Device, need_dA: bool = True, need_dB: bool = True
+) -> Spec:
+    """Outputs: ``dA`` [M, K] and ``dB`` [G, K, N], those needed, in the dtypes of A and B. The gradient of the output
+    comes in `problem.out_dtype`."""
+    p, impl = problem, select(config, device)
+    spec = Spec()
+    if need_dA:
+        spec.outputs["dA"] = TensorSpec((p.M, p.K), p.a_dtype)
+    if need_dB:
+        spec.outputs["dB"] = TensorSpec((p.G, p.K, p.N), p.b_dtype)
+    if impl.gemm == "emulated":
+        return spec
+    if need_dA:
+        spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl) | _weights(p.K, p.N, p, config, impl))
+        spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.a_dtype).rows, p))
+    if need_dB:
+        spec.scratch.update(token_map(TOKEN_TILE, p))
+        if saves_input(config):
+            for name, C, dtype in (("a_hp", p.K, p.a_dtype), ("d_hp", p.N, p.out_dtype)):
+                if dtype != "bfloat16":
+                    spec.scratch[name] = TensorSpec((p.M, C), "bfloat16")
+        elif impl.straight_tokens:
+            spec.scratch["a_tokens_bf16"] = TensorSpec((p.M, p.K), "bfloat16")
+            spec.scratch["d_tokens"] = TensorSpec((p.M, p.N), "bfloat16")
+        else:
+            spec.scratch.update(
+                _tokens("d_tokens", p.N, p, config, False) | _tokens_scratch("d_tokens", p.N, p, config)
+            )
+    return spec
+
+
+def gemm_tiles(kernel: str, elements: Elements, p: Problem, config: GroupedMMConfig, device: Device, out: str):
+    assert device.capability is not None, f"Triton GEMMs need a compute capability, got {device}"
+    precise = config.accumulation is Accumulation.PRECISE and elements != "blockwise"  # which is so at any rate
+    heavy = out == "float32" or precise
+    return tuning.lookup(kernel, elements, device.capability, p.M, p.G, heavy)
+
+
+def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors by their specs."""
+    return {name: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device=device) for name, s in specs.items()}

@@ -1,0 +1,175 @@
+"""SwiGLU experts in one piece against the grouped GEMMs and the SwiGLU that they are made of: the same bits."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.backends import INTERPRETER_WORKS
+from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, poisoned
+from xmoe import RECIPES, config_from_recipe, oracle
+from xmoe.kernels import call, e4m3, emulation, experts, pipeline
+from xmoe.kernels.dispatch import Device
+from xmoe.shapes import PATTERNS, offsets
+
+if pipeline.HAS_TRITON:
+    from xmoe.kernels import swiglu
+
+
+class Run:
+    """One forward and backward, on poisoned outputs and scratch, and the same from `pipeline`'s calls."""
+
+    def __init__(self, recipe, pattern, *, dtype=torch.bfloat16, M=700, D=192, H=128, G=5, device=None, where="cuda"):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(shape, generator=generator).to(where, dtype)  # noqa: E731
+        self.x, self.dout = draw(M, D), draw(M, D)
+        self.w1, self.w2, self.w3 = draw(G, H, D) / D**0.5, draw(G, D, H) / H**0.5, draw(G, H, D) / D**0.5
+        ends = offsets(pattern, M, G)
+        self.offs = torch.from_numpy(ends).to(where)
+        self.covered = oracle.token_layout(ends, M)[-1].end
+        self.x[self.covered :] = float("nan")
+        self.dout[self.covered :] = float("nan")
+        name = str(dtype).removeprefix("torch.")
+        self.config, self.where = config_from_recipe(recipe), where
+        self.device = device or pipeline.device_of(where, 0)
+        self.experts = experts.Experts(M, D, H, G, name, name, self.config.out_dtype or name)
+
+    def _saved(self, x, outputs, name):
+        if pipeline.saves_input(self.config):
+            return (x,)
+        return outputs[f"{name}_tokens"], outputs[f"{name}_tokens_scale"]
+
+    def _tensors(self, spec):
+        return poisoned(spec.outputs, self.where), poisoned(spec.scratch, self.where)
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        e, config, device, offs = self.experts, self.config, self.device, self.offs
+        out, scratch = self._tensors(experts.forward_spec(e, config, device))
+        weights = self.w1, self.w2, self.w3
+        experts.forward(e, config, device, self.x, *weights, offs, out, scratch)
+        got = {"out": out["out"], "gate_up": out["gate_up"].clone()}
+
+        hidden = self.swiglu(out["gate_up"])
+        spec = pipeline.backward_spec(e.output_problem, config, device)
+        grads, scratch = self._tensors(spec)
+        saved = self._saved(hidden, out, "h")
+        pipeline.backward(e.output_problem, config, device, self.dout, saved, self.w2.mT, offs, grads, scratch)
+        got |= {"dh": grads["dA"].clone(), "dw2": grads["dB"].mT}
+
+        dx, scratch = self._tensors(experts.dgrad_spec(e, config, device))
+        experts.dgrad(e, config, device, grads["dA"], out["gate_up"], self.w1, self.w3, offs, dx, scratch)
+        got |= {"dx": dx["dx"], "d_gate_up": out["gate_up"]}
+
+        for known in (True, False):
+            dw, scratch = self._tensors(experts.wgrad_spec(e, config, device))
+            amax = dx.get("amax") if known else None
+            x = self._saved(self.x, out, "x")
+            experts.wgrad(e, config, device, out["gate_up"], amax, x, offs, dw, scratch)
+            got |= {f"{name}, amax known: {known}": dw[name] for name in dw}
+        return got
+
+    def swiglu(self, gate_up):
+        if self.where == "cpu" and self.device.type == "cpu":
+            return emulation.swiglu(gate_up)
+        hidden = torch.empty_like(gate_up[:, : self.experts.H].contiguous())
+        swiglu.swiglu(gate_up, hidden)
+        return hidden
+
+    def _forward(self, problem, A, B):
+        outputs, scratch = self._tensors(pipeline.forward_spec(problem, self.config, self.device))
+        pipeline.forward(problem, self.config, self.device, A, B, self.offs, outputs, scratch)
+        return outputs["out"], self._saved(A, outputs, "a")
+
+    def _backward(self, problem, dout, saved, B):
+        grads, scratch = self._tensors(pipeline.backward_spec(problem, self.config, self.device))
+        pipeline.backward(problem, self.config, self.device, dout, saved, B, self.offs, grads, scratch)
+        return grads["dA"], grads["dB"].mT
+
+    def reference(self, d_gate_up) -> dict[str, torch.Tensor]:
+        """From separate calls, given the gradient of gate_up (`test_swiglu` has that)."""
+        e = self.experts
+        (g, x), (u, _) = (self._forward(e.input_problem, self.x, w.mT) for w in (self.w1, self.w3))
+        gate_up = torch.cat([g, u], 1)
+        out, h = self._forward(e.output_problem, self.swiglu(gate_up), self.w2.mT)
+        dh, dw2 = self._backward(e.output_problem, self.dout, h, self.w2.mT)
+        joint = torch.cat([self.w1, self.w3], 1)
+        dx, dw = self._backward(e.joint_problem, d_gate_up, x, joint.mT)
+        expected = {"out": out, "gate_up": gate_up, "dh": dh, "dw2": dw2, "dx": dx, "d_gate_up": d_gate_up}
+        for known in (True, False):
+            for name, half in zip(("dw1", "dw3"), dw.split(e.H, 1), strict=True):
+                expected[f"{name}, amax known: {known}"] = half
+        return expected
+
+    def check(self):
+        got = self()
+        expected = self.reference(got["d_gate_up"])
+        assert got.keys() == expected.keys()
+        for name, x in got.items():
+            assert torch.isfinite(x).all(), name
+            assert torch.equal(x, expected[name]), name
+        for name in ("out", "gate_up", "dh", "dx", "d_gate_up"):
+            assert not got[name][self.covered :].any(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe, pattern):
+    Run(recipe, pattern).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"])
+def test_float32_and_long_rows(recipe):
+    Run(recipe, "uneven", dtype=torch.float32).check()
+    Run(recipe, "short", H=16384 + 128).check()  # rows that do not fit into registers
+
+
+@pytest.mark.gpu
+def test_native_mx():
+    Run("mxfp8_rceil", "uneven", device=NATIVE_MX).check()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("pattern", ["short", "empty"])
+def test_emulation(recipe, pattern):
+    Run(recipe, pattern, M=150, D=48, H=128, where="cpu", device=Device("cpu")).check()
+
+
+@pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.parametrize(
+    ("recipe", "pattern"),
+    [("fp8_rowwise", "short"), ("fp8_blockwise", "empty"), ("mxfp8_rceil", "uneven")],
+)
+def test_in_the_interpreter(recipe, pattern, monkeypatch):
+    monkeypatch.setattr(call, "_programs", lambda index: 3)
+    H = 128 if recipe == "fp8_blockwise" else 32
+    if recipe.startswith("mx"):
+        monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())
+    Run(recipe, pattern, dtype=torch.float32, M=99, D=48, H=H, G=3, device=Device("cuda", (9, 0)), where="cpu").check()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+def test_swiglu(backend):
+    """The kernels and the emulation agree with float64 to a few roundings, far out too."""
+    gates = torch.cat([torch.linspace(-100, 100, 2001), torch.tensor([-0.0, 1e-30, 3e4])]).view(4, 501)
+    ups, dh = torch.randn(2, 4, 501, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    gate_up = torch.cat([gates.to(backend.device), ups], 1)
+    g, u, d = (x.double().cpu().numpy() for x in (*gate_up.chunk(2, 1), dh))
+    s = 1 / (1 + np.exp(-g))
+    gradient = np.concatenate([d * u * s * (1 + g * (1 - s)), d * g * s], 1)
+
+    out = torch.empty_like(dh)
+    swiglu.swiglu(gate_up, out)
+    for h in (out, emulation.swiglu(gate_up)):
+        np.testing.assert_allclose(h.cpu(), g * s * u, rtol=2e-6, atol=1e-30)
+    emulated = emulation.swiglu_gradient(dh, gate_up)
+    swiglu.swiglu_gradient_(dh, gate_up)
+    for x in (gate_up, emulated):
+        np.testing.assert_allclose(x.cpu(), gradient, rtol=2e-6, atol=1e-6)
+
+
+def test_which_widths_fuse():
+    for recipe, multiple in (("bf16", 1), ("fp8_rowwise", 1), ("fp8_blockwise", 128), ("mxfp8_rceil", 32)):
+        config = config_from_recipe(recipe)
+        assert experts.fuses(config, 3 * multiple)
+        assert experts.fuses(config, 3 * multiple + 16) == (16 % multiple == 0)
