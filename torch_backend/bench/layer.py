@@ -4,6 +4,7 @@ D = model width, H = hidden width of an expert, E = experts; weights in bf16, sh
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from xmoe.torch_backend.bench.exactness import compare
 from xmoe.torch_backend.moe import GroupedExperts, MoE
 from xmoe.torch_backend.quantize import quantize_
 
+Model = TypeVar("Model", bound=nn.Module)
 EXPERTS = "SwiGLU experts, forward and backward"
 LAYER = "MoE layer, forward and backward"
 WEIGHT_STD = 0.02
@@ -73,8 +75,8 @@ def moe(shape: LayerShape | StackShape, device: torch.device | str) -> MoE:
 
 
 def sharing(
-    make: Callable[[torch.device | str], nn.Module], weights: dict[str, Tensor], convert: Callable[[nn.Module], None]
-) -> nn.Module:
+    make: Callable[[torch.device | str], Model], weights: dict[str, Tensor], convert: Callable[[nn.Module], None]
+) -> Model:
     """Another model of ``make(device)``, with the same ``weights`` in the same memory, converted."""
     model = make("meta")
     model.load_state_dict(weights, assign=True)
