@@ -93,7 +93,7 @@ LAYERS: dict[str, LayerShape] = {
 """MoE layers of published models, by name, 131072 rows each; the first two with the 8 experts that one GPU holds."""
 
 OVERHEADS: tuple[Shape | StackShape, ...] = (
-    Shape("tiny", 64, 64, 64, 4),
+    Shape("tiny", 128, 128, 128, 4),
     StackShape("moe_16_layers", 16, 4096, 1024, 512, 16, 2),
 )
 """What shows the cost of launching: one op with next to nothing to do, and a small model of many layers."""

@@ -92,14 +92,13 @@ def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
     """
     if device.type != "cuda":
         raise RuntimeError(f"device={device} has no CUDA graphs; use a CUDA GPU")
-    gc.collect()  # of an autograd graph in a cycle: nodes made on another stream would bring that stream into the graph
+    gc.collect()  # an old step's autograd graph in a cycle would bring the stream that it was made on into the new one
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(2):  # what compiles, loads or allocates workspaces at a first call
             step()
     torch.cuda.current_stream(device).wait_stream(side)
-    torch.cuda.empty_cache()  # what the side stream has left serves no other
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()

@@ -50,7 +50,7 @@ def forward_case(options: Options, shape: Shape, device: torch.device, capabilit
             if twin is not None:
                 other = twin()
                 equal = torch.equal(out, other)
-                compare({"out": out}, {"out": other}, ends, _EQUAL_DB)
+                compare({"out": out}, {"out": other}, ends, _EQUAL_DB, reference_name="xmoe's")
                 note = f"{'equal bits' if equal else 'other bits'} to xmoe's"
             return compare({"out": out}, {"out": reference}, ends, least, note)
 

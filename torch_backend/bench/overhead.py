@@ -184,7 +184,7 @@ def step_case(
         note = ""
         if replayed is not None:
             eager, results = step.results(), replayed.results()
-            compare(results, eager, (), least_db("bf16"))
+            compare(results, eager, (), least_db("bf16"), reference_name="the eager step's")
             equal = all(torch.equal(results[name], value) for name, value in eager.items())
             note = f"{'equal bits' if equal else 'other bits'} to eager's"
         return compare(layer_results(model, x, dOut), reference, (), least_db(format, layer=True), note)
