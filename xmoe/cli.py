@@ -26,13 +26,15 @@ examples:
   xmoe train --out runs/corpus --resume
 """
 _BENCH = """\
-Measure an NVIDIA GPU: grouped GEMMs, quantizers or whole layers, xmoe's recipes beside torch and whatever else is
-installed. Every result is compared with bf16's first, and a wrong one is not timed. Systems take turns, round by round.
-A table, DATE-NAME.json and DATE-NAME.md (written after every row) and a chart are left in --out.
+Measure an NVIDIA GPU: grouped GEMMs, quantizers, whole layers or the cost of launching them, xmoe's recipes beside
+torch and whatever else is installed. Every result is compared with bf16's first, and a wrong one is not timed. Systems
+take turns, round by round. A table, DATE-NAME.json and DATE-NAME.md (written after every row) and a chart are left in
+--out.
 """
 _BENCH_EXAMPLES = """\
 examples:
   xmoe bench grouped-mm --shapes llama4,deepseek-v3
+  xmoe bench grouped-mm --shapes qwen3 --tokens 4096,16384,32768
   xmoe bench layer --shapes llama4 --recipes fp8_rowwise --peers torchao --compile
   xmoe bench report benchmarks/results/2026-11-21-grouped_mm.json --readme README.md
 """
@@ -40,7 +42,9 @@ _BENCH_COMMANDS = {
     "grouped-mm": "one grouped GEMM: the bare forward, and forward and backward",
     "quantize": "the quantizers, beside a device copy",
     "layer": "SwiGLU experts and the whole MoE layer, forward and backward",
+    "overhead": "the host time of one op, and a step of a small model, eager and from a CUDA graph",
 }
+_PEERS = {"grouped-mm": "torch, torchao, jax, tokamax", "layer": "torch, torchao", "overhead": "torchao"}
 # Options that set a field of TrainConfig each: (option, field, type, help).
 _FIELDS = (
     ("--steps", "steps", int, "optimiser steps"),
@@ -135,19 +139,23 @@ def _add_bench(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whats = bench.add_subparsers(required=True, metavar="WHAT")
-    shapes = "names of shapes or the start of several (llama4, deepseek-v3, qwen3), all, or TOML files with [[shape]]s"
+    tokens = "measure each shape with these numbers of tokens, in the place of its own"
     out = "where the files go (default: benchmarks/results where that is a folder, else runs/bench)"
     for name, text in _BENCH_COMMANDS.items():
         what = whats.add_parser(name, help=text, description=f"Measure {text}.")
+        some = "tiny, moe" if name == "overhead" else "llama4, deepseek-v3, qwen3"
+        shapes = f"names of shapes or the start of several ({some}), all, or TOML files with [[shape]]s"
         what.add_argument("--shapes", metavar="NAME[,NAME...]", help=shapes)
+        if name == "grouped-mm":
+            what.add_argument("--tokens", metavar="N[,N...]", help=tokens)
         what.add_argument("--recipes", metavar="NAME[,NAME...]", help="default: one of each format")
         what.add_argument("--out", metavar="DIR", type=_path, help=out)
         what.add_argument("--rounds", metavar="N", type=int, default=5, help="timings of each system (default: 5)")
-        if name != "quantize":
-            peers = "torch, torchao" + (", jax, tokamax" if name == "grouped-mm" else "")
+        if peers := _PEERS.get(name):
             what.add_argument("--peers", metavar="NAME[,NAME...]", help=f"of {peers} (default: those installed)")
+        if name in ("grouped-mm", "layer"):
             what.add_argument("--compile", action="store_true", help="also with torch.compile")
-        what.set_defaults(command=_bench, what=name, peers=None, compile=False)
+        what.set_defaults(command=_bench, what=name, tokens=None, peers=None, compile=False)
     report = whats.add_parser(
         "report", help="print a recorded run as Markdown", description="Print a recorded run as Markdown."
     )
@@ -166,7 +174,7 @@ def _bench(options: argparse.Namespace) -> int:
     out = options.out or (checkout if checkout.is_dir() else Path("runs/bench"))
     try:
         asked = make_options(
-            options.what, shapes=options.shapes, recipes=options.recipes, peers=options.peers,
+            options.what, shapes=options.shapes, tokens=options.tokens, recipes=options.recipes, peers=options.peers,
             compile=options.compile, rounds=options.rounds,
         )  # fmt: skip
         run.run(asked, out)

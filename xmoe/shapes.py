@@ -46,6 +46,23 @@ class LayerShape(NamedTuple):
         return 3 * 2 * self.rows * self.dim * self.hidden
 
 
+class StackShape(NamedTuple):
+    """A model of ``layers`` SwiGLU MoE layers, one after the other; the rest as in `LayerShape`."""
+
+    name: str
+    layers: int
+    tokens: int
+    dim: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all experts' three GEMMs (w1, w3, w2), forward."""
+        return self.layers * 3 * 2 * self.tokens * self.top_k * self.dim * self.hidden
+
+
 LLAMA4 = tuple(Shape(f"llama4_g{G}", 128000, 8192, 5120, G) for G in (1, 2, 4, 8, 16))
 DEEPSEEK_V3 = tuple(Shape(f"deepseek_v3_g{G}", 128000, 2048, 7168, G) for G in (1, 4, 8, 32))
 QWEN3_30B_A3B = (Shape("qwen3_30b_a3b", 131072, 768, 2048, 128),)
@@ -74,6 +91,12 @@ LAYERS: dict[str, LayerShape] = {
     )
 }
 """MoE layers of published models, by name, 131072 rows each; the first two with the 8 experts that one GPU holds."""
+
+OVERHEADS: tuple[Shape | StackShape, ...] = (
+    Shape("tiny", 128, 128, 128, 4),
+    StackShape("moe_16_layers", 16, 4096, 1024, 512, 16, 2),
+)
+"""What shows the cost of launching: one op with next to nothing to do, and a small model of many layers."""
 
 ALL: dict[str, Shape] = {shape.name: shape for shape in (*MODELS, *SMALL)}
 """By name, for command lines."""

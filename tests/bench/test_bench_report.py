@@ -7,7 +7,7 @@ import pytest
 
 from xmoe.bench import report
 from xmoe.bench.chart import bar_chart
-from xmoe.bench.report import BOTH, FORWARD, Table, cells, markdown, number, readme_section, update_readme
+from xmoe.bench.report import BOTH, FORWARD, Table, cells, markdown, number, readme_section, table_lines, update_readme
 from xmoe.bench.results import BF16, TORCHAO, Results, Row, free_stem, save
 from xmoe.train.files import UserError
 
@@ -102,6 +102,21 @@ def test_markdown(results: Results) -> None:
     assert titles == ["shape", "M", "N", "K", "G", "system", "ms", "spread ms", "GB/s", "of ceiling"]
 
 
+def test_host_times_are_in_microseconds(results: Results) -> None:
+    assert "Host times" not in markdown(results)
+    timed = row("xmoe fp8_rowwise", 0.0754, "host time", unit="µs")
+    timed.add_round(0.0912)
+    results.put(timed)
+    results.put(row(BF16, 0.0357, "host time", unit="µs"))
+    assert table_lines(*cells(results, results.tables()["host time"])) == [
+        "| shape | M | N | K | G | system | µs | spread µs | x bf16 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| llama4_g8 | 128000 | 8192 | 5120 | 8 | xmoe fp8_rowwise | 83.3 | 15.8 | 0.43 |",
+        "| llama4_g8 | 128000 | 8192 | 5120 | 8 | torch bf16 | 35.7 | 0.00 | 1.00 |",
+    ]
+    assert "Host times" in markdown(results)
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
     [(None, None, None), (52.0, None, "52.0"), (4.139, None, "4.14"), (0.0515, None, "0.0515"), (1283.4, None, "1283"),
@@ -153,6 +168,9 @@ def test_readme_section(results: Results, tmp_path: Path) -> None:
         "runs at 1750–1750 TFLOP/s over the Llama 4 and DeepSeek-V3 shapes, `torch._scaled_grouped_mm` at 1400"
         in section
     )
+    for system in ("xmoe fp8_rowwise", "torch._scaled_grouped_mm"):  # with fewer tokens: no part of what it says
+        results.put(row(system, 1.0, FORWARD, "llama4_g8_m4096", work={"fp8": 1e11}))
+    assert readme_section(results, "results/run.json") == section
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):

@@ -23,7 +23,7 @@ from xmoe.jax_frontend import bench as jax_bench
 from xmoe.kernels import emulation
 from xmoe.shapes import LayerShape, Shape
 from xmoe.torch_backend.bench import gpu, grouped_mm, peers
-from xmoe.torch_backend.bench.layer import EXPERTS, LAYER
+from xmoe.torch_backend.bench.layer import EXPERTS, LAYER, moe
 from xmoe.torch_backend.bench.quantize import TABLE
 from xmoe.torch_backend.bench.run import measure_all
 
@@ -61,6 +61,18 @@ def test_grouped_mm(events: Events) -> None:
     torchs = rows[FORWARD, "tiny", "torch._scaled_grouped_mm", False]
     assert torchs.ms is None
     assert torchs.note.startswith("cannot run: NotImplementedError")
+
+
+def test_more_groups_than_their_multiples_leave_tokens_for(events: Events) -> None:
+    """Ten groups of 64 tokens: most are empty, and torch leaves their weight gradients undefined."""
+    shape = Shape("tiny_m64", 64, 32, 32, 10)
+    rows = measured(Options("grouped-mm", (shape,), ("bf16", "fp8_rowwise"), (), rounds=1), events)
+    assert len(rows) == 6
+    assert all(row.ms for row in rows.values()), rows
+    options = Options("grouped-mm", (shape,), ("fp8_rowwise",), ("jax",), rounds=1)
+    jax_bench.measure_all(options, None, jax_bench.WallTimer(0.1, 1024), events)
+    assert len(events.rows()) == 8
+    assert all(row.ms for row in events.rows().values()), events.rows()
 
 
 def test_a_wrong_grouped_gemm_is_not_timed(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +133,19 @@ def test_layer(events: Events, compiled: bool) -> None:
                 assert sum(row.work.values()) == 3 * LAYERS.flops
         fp8 = rows[table, "tiny", "xmoe fp8_rowwise", compiled]
         assert 18 <= fp8.worst_expert_db <= fp8.sqnr_db < 27.5  # several GEMMs deep
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_router_has_a_gradient(events: Events, top_k: int) -> None:
+    """Of the output, besides that of the load-balance loss: a single score that is normalised has 2e-8."""
+    shape = LayerShape("tiny", 128, 64, 96, 4, top_k)
+    layer = moe(shape, "cpu")
+    y, _ = layer(torch.randn(128, 64, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert layer.router.weight.grad is not None
+    assert layer.router.weight.grad.abs().max() > 0.01
+    rows = measured(Options("layer", (shape,), ("bf16", "fp8_rowwise", "mxfp8_floor"), (), rounds=1), events)
+    assert all(row.ms for row in rows.values()), rows
 
 
 def test_torchao_is_kept_from_groups_that_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:

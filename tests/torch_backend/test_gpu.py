@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.kernels.backends import arrays
 from tests.torch_backend.layouts import LAYOUTS
 from xmoe import RECIPES, config_from_recipe, oracle
+from xmoe.bench.options import BASE_RECIPES
 from xmoe.shapes import offsets
 from xmoe.torch_backend import MoE, ScaledGroupedMMTensor, quantize_, scaled_grouped_mm
 
@@ -121,6 +122,58 @@ def test_step_does_not_wait_and_replays(recipe: str) -> None:
     graph.replay()
     for got, want in zip(replayed, eager, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("recipe", BASE_RECIPES)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+def test_moe_layer_does_not_wait_and_replays_new_values(recipe: str) -> None:
+    """The whole layer, router included, forward and backward: no host sync; and a CUDA graph of it gives the eager
+    step's bits for inputs, groups and weights that it has not seen."""
+    moe = MoE(128, 256, 8, 2, shared_hidden_dim=64, device="cuda", dtype=torch.bfloat16)
+    moe.init_weights(0.05)
+    quantize_(moe, config_from_recipe(recipe), lambda module, fqn: fqn == "experts", verbose=False)
+    x, dOut = (torch.randn(500, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    leaves = {"x": x.requires_grad_(), **dict(moe.named_parameters())}
+
+    def step() -> dict[str, torch.Tensor]:
+        for leaf in leaves.values():
+            leaf.grad = None
+        y, loss = moe(x)
+        torch.autograd.backward((y, loss), (dOut, one))
+        return {"y": y.detach(), "loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+    def counts() -> list[int]:
+        with torch.no_grad():
+            return moe.router(x)[2].tolist()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+
+    seen = counts()
+    with torch.no_grad():
+        for leaf in leaves.values():
+            leaf.copy_(torch.randn_like(leaf) * leaf.std())
+        dOut.normal_()
+    assert counts() != seen
+    for value in replayed.values():
+        value.fill_(float("nan"))
+    graph.replay()
+    for name, want in step().items():
+        assert torch.isfinite(want).all(), name
+        assert torch.equal(replayed[name], want), name
 
 
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise", "mxfp8_rceil", "mxfp8_floor"])

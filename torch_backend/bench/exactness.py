@@ -16,6 +16,7 @@ def compare(
     note: str = "",
     *,
     empty_experts: bool = True,
+    reference_name: str = "bf16",
 ) -> Exactness:
     """Every result against the reference of its name (`judge`), whole and by expert.
 
@@ -25,6 +26,7 @@ def compare(
         ends: the end row of each expert; () where the rows are not sorted by expert.
         least: dB.
         empty_experts: also hold the weight gradients of experts without tokens to zero.
+        reference_name: what the reference is, for the message.
 
     Raises:
         WrongResult: naming the result, the expert and the dB.
@@ -33,7 +35,7 @@ def compare(
     for name, want in reference.items():
         pairs = _experts(results[name], want, ends, empty_experts)
         energies[name] = torch.stack([_energies(*pair) for pair in pairs]).tolist()
-    return judge(energies, least, note)
+    return judge(energies, least, note, reference_name=reference_name)
 
 
 def _experts(got: Tensor, want: Tensor, ends: Sequence[int], empty: bool) -> list[tuple[Tensor, Tensor]]:

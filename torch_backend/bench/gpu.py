@@ -2,18 +2,21 @@
 
 import contextlib
 import datetime
+import gc
 import importlib.metadata
 import platform
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from xmoe.bench.harness import Timer
 
+T = TypeVar("T")
 PACKAGES = ("xmoe", "torch", "triton", "torchao", "jax", "tokamax")
 SMI_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "clocks.sm")
 """What nvidia-smi is asked; clocks.sm is the clock right after the ceilings were measured."""
@@ -42,6 +45,64 @@ class CudaTimer:
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in marks]
+
+
+class HostTimer:
+    """The host's clock around single calls, each until it returns, whatever the GPU still has to do.
+
+    Calls come in bursts, before each of which the GPU is idle. A burst is short enough that its launches fit the GPU's
+    queue, which takes about a thousand: in front of a full one the host would wait for the GPU.
+    """
+
+    BURST = 16
+
+    def __init__(self, device: torch.device, round_ms: float = 150.0) -> None:
+        """``round_ms``: about how long one timing takes (milliseconds), and that of a few bursts at least."""
+        self._device, self._round_ms = device, round_ms
+
+    def __call__(self, prepare: Callable[[], T], call: Callable[[T], Any]) -> float:
+        """Milliseconds of ``call(prepare())``, the call alone, the median of many."""
+        self._burst(prepare, call)
+        taken, end = [], time.perf_counter() + self._round_ms / 1e3
+        while len(taken) < 3 * self.BURST or time.perf_counter() < end:
+            taken += self._burst(prepare, call)
+        return statistics.median(taken) * 1e3
+
+    def _burst(self, prepare: Callable[[], T], call: Callable[[T], Any]) -> list[float]:
+        """Seconds of each call. What a call takes and returns lives until all are done: freeing is not timed."""
+        prepared = [prepare() for _ in range(self.BURST)]
+        self._synchronize()
+        results, taken = [], []
+        for each in prepared:
+            start = time.perf_counter()
+            results.append(call(each))
+            taken.append(time.perf_counter() - start)
+        self._synchronize()
+        return taken
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
+    """``step`` as a CUDA graph: what replays it, and what it returned, in memory that every replay writes anew.
+
+    Raises RuntimeError where ``device`` is no CUDA GPU, and where ``step`` does what cannot be captured (CUDA's error).
+    """
+    if device.type != "cuda":
+        raise RuntimeError(f"device={device} has no CUDA graphs; use a CUDA GPU")
+    gc.collect()  # an old step's autograd graph in a cycle would bring the stream that it was made on into the new one
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what compiles, loads or allocates workspaces at a first call
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
 
 class CudaMemory:

@@ -4,7 +4,8 @@ Random bf16 data and uneven groups. A [M, K], weights stored [G, N, K] as models
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def forward_case(options: Options, shape: Shape, device: torch.device, capabilit
             if twin is not None:
                 other = twin()
                 equal = torch.equal(out, other)
-                compare({"out": out}, {"out": other}, ends, _EQUAL_DB)
+                compare({"out": out}, {"out": other}, ends, _EQUAL_DB, reference_name="xmoe's")
                 note = f"{'equal bits' if equal else 'other bits'} to xmoe's"
             return compare({"out": out}, {"out": reference}, ends, least, note)
 
@@ -80,72 +81,103 @@ def forward_case(options: Options, shape: Shape, device: torch.device, capabilit
     return Case(table=FORWARD, shape=shape.name, dims=dims(shape), tokens=shape.M, systems=systems)
 
 
-def forward_backward_case(
-    options: Options, shape: Shape, device: torch.device, capability: tuple[int, int] | None, backend: str
-) -> Case:
-    """Forward and backward from bf16 operands: out [M, N], dA [M, K], dB [G, N, K]."""
-    A, B, offs, ends = operands(shape, device)
-    A.requires_grad_()
-    B.requires_grad_()
-    dOut = torch.randn(shape.M, shape.N, device=device, dtype=torch.bfloat16)
+class Training:
+    """Forward and backward from bf16 operands that require grad: out [M, N], dA [M, K], dB [G, N, K]."""
 
-    def clean() -> None:
-        A.grad = B.grad = None
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.A, self.B, self.offs, self.ends = operands(shape, device)
+        self.A.requires_grad_()
+        self.B.requires_grad_()
+        self.dOut = torch.randn(shape.M, shape.N, device=device, dtype=torch.bfloat16)
+        self._reference = self._results(baseline)
 
-    def step(fn: GroupedMM) -> Tensor:
-        clean()
-        out = fn(A, B, offs)
-        out.backward(dOut)
+    def clean(self) -> None:
+        """Drops the gradients."""
+        self.A.grad = self.B.grad = None
+
+    def step(self, fn: GroupedMM) -> Tensor:
+        """The output; the gradients stay with the operands."""
+        self.clean()
+        out = fn(self.A, self.B, self.offs)
+        out.backward(self.dOut)
         return out.detach()
 
-    def results(fn: GroupedMM) -> dict[str, Tensor]:
-        out = step(fn)
-        dA, dB = A.grad, B.grad
+    def check(self, fn: GroupedMM, entrant: "Entrant") -> Exactness:
+        """``fn``, which is the entrant's own or made from it, against `baseline`. Raises WrongResult."""
+        least = least_db(config_from_recipe(entrant.recipe).format)
+        return compare(self._results(fn), self._reference, self.ends, least, empty_experts=entrant.own)
+
+    def _results(self, fn: GroupedMM) -> dict[str, Tensor]:
+        out = self.step(fn)
+        dA, dB = self.A.grad, self.B.grad
         assert dA is not None, "A requires grad"
         assert dB is not None, "B requires grad"
-        found = {"out": out, "dA": dA, "dB": dB}
-        clean()
-        return found
+        self.clean()
+        return {"out": out, "dA": dA, "dB": dB}
 
-    def baseline(A: Tensor, B: Tensor, offs: Tensor) -> Tensor:
-        return torch._grouped_mm(A, B.mT, offs)
 
-    reference = results(baseline)
-    functions: dict[str, tuple[GroupedMM, str, str]] = {BF16: (baseline, "bf16", "bf16")}
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A differentiable grouped GEMM, and the recipe that it runs or that is closest to what it runs."""
+
+    name: str
+    fn: GroupedMM
+    recipe: str
+
+    @property
+    def own(self) -> bool:
+        """Whether it is xmoe's."""
+        return self.name.startswith("xmoe")
+
+
+def baseline(A: Tensor, B: Tensor, offs: Tensor) -> Tensor:
+    """`BF16`."""
+    return torch._grouped_mm(A, B.mT, offs)
+
+
+def entrants(options: Options, ends: Sequence[int]) -> tuple[list[Entrant], dict[str, str]]:
+    """The baseline, every recipe and torchao where asked for; and those that cannot run groups with these ends: why."""
+    found = [Entrant(BF16, baseline, "bf16")]
     for recipe in options.recipes:
         config = config_from_recipe(recipe)
 
         def ours(A: Tensor, B: Tensor, offs: Tensor, config=config) -> Tensor:
             return scaled_grouped_mm(A, B.mT, offs, config)
 
-        functions[f"xmoe {recipe}"] = ours, recipe, config.format
-    missing = {}
-    if "torchao" in options.peers:
-        if why := peers.obstacle([end - start for start, end in zip([0, *ends], ends, strict=False)]):
-            missing[TORCHAO] = why
-        else:
-            torchao = peers.grouped_mm()
-            functions[TORCHAO] = (lambda A, B, offs: torchao(A, B.mT, offs)), "fp8_rowwise", "fp8_rowwise"
+        found.append(Entrant(f"xmoe {recipe}", ours, recipe))
+    if "torchao" not in options.peers:
+        return found, {}
+    if why := peers.obstacle([end - start for start, end in zip([0, *ends], ends, strict=False)]):
+        return found, {TORCHAO: why}
+    torchao = peers.grouped_mm()
+    found.append(Entrant(TORCHAO, lambda A, B, offs: torchao(A, B.mT, offs), "fp8_rowwise"))
+    return found, {}
+
+
+def forward_backward_case(
+    options: Options, shape: Shape, device: torch.device, capability: tuple[int, int] | None, backend: str
+) -> Case:
+    """`Training` of every entrant, with ``options.compile`` also by torch.compile."""
+    training = Training(shape, device)
+    found, missing = entrants(options, training.ends)
     systems = []
     for compiled in (False, True) if options.compile else (False,):
-        for name, (fn, recipe, format) in functions.items():
-            run = torch.compile(fn, backend=backend, dynamic=False) if compiled else fn
-            least, own = least_db(format), name.startswith("xmoe")
+        for entrant in found:
+            run = torch.compile(entrant.fn, backend=backend, dynamic=False) if compiled else entrant.fn
             systems.append(
                 System(
-                    name=name,
+                    name=entrant.name,
                     compiled=compiled,
-                    step=lambda run=run: step(run),
-                    check=lambda run=run, least=least, own=own: compare(
-                        results(run), reference, ends, least, empty_experts=own
-                    ),
-                    forward=lambda run=run: run(A.clone(), B, offs),
-                    work=gemm_work(recipe, shape.flops, capability),
+                    step=functools.partial(training.step, run),
+                    check=functools.partial(training.check, run, entrant),
+                    forward=lambda run=run: run(training.A.clone(), training.B, training.offs),
+                    work=gemm_work(entrant.recipe, shape.flops, capability),
                 )
             )
     return Case(
-        table=BOTH, shape=shape.name, dims=dims(shape), tokens=shape.M, systems=systems, missing=missing, clean=clean
-    )
+        table=BOTH, shape=shape.name, dims=dims(shape), tokens=shape.M, systems=systems, missing=missing,
+        clean=training.clean,
+    )  # fmt: skip
 
 
 def dims(shape: Shape) -> dict[str, int]:

@@ -4,6 +4,7 @@ D = model width, H = hidden width of an expert, E = experts; weights in bf16, sh
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,13 @@ from xmoe.bench.options import Options
 from xmoe.bench.results import BF16, TORCHAO
 from xmoe.bench.workload import gemm_work, uneven_sizes
 from xmoe.config import config_from_recipe
-from xmoe.shapes import LayerShape
+from xmoe.shapes import LayerShape, StackShape
 from xmoe.torch_backend.bench import peers
 from xmoe.torch_backend.bench.exactness import compare
 from xmoe.torch_backend.moe import GroupedExperts, MoE
 from xmoe.torch_backend.quantize import quantize_
 
+Model = TypeVar("Model", bound=nn.Module)
 EXPERTS = "SwiGLU experts, forward and backward"
 LAYER = "MoE layer, forward and backward"
 WEIGHT_STD = 0.02
@@ -50,7 +52,7 @@ def layer_case(
     x = _normal(shape.tokens, shape.dim, device=device)
 
     def make(where: torch.device | str) -> nn.Module:
-        return MoE(shape.dim, shape.hidden, shape.experts, shape.top_k, device=where, dtype=torch.bfloat16)
+        return moe(shape, where)
 
     def sizes(model: nn.Module) -> list[int]:
         with torch.no_grad():
@@ -61,6 +63,25 @@ def layer_case(
         LAYER, options, shape, dims, capability, backend, make, x,
         call=lambda model, x: model(x), ends=(), sizes=sizes,
     )  # fmt: skip
+
+
+def moe(shape: LayerShape | StackShape, device: torch.device | str) -> MoE:
+    """The layer of ``shape``, in bf16."""
+    # A single score, normalised, is the constant 1, and the router's gradient rounding noise.
+    return MoE(
+        shape.dim, shape.hidden, shape.experts, shape.top_k, normalize_scores=shape.top_k > 1, device=device,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def sharing(
+    make: Callable[[torch.device | str], Model], weights: dict[str, Tensor], convert: Callable[[nn.Module], None]
+) -> Model:
+    """Another model of ``make(device)``, with the same ``weights`` in the same memory, converted."""
+    model = make("meta")
+    model.load_state_dict(weights, assign=True)
+    convert(model)
+    return model
 
 
 def _case(
@@ -84,23 +105,20 @@ def _case(
     x.requires_grad_()
     dOut = _normal(*x.shape, device=x.device)
 
-    def model_with(convert: Callable[[nn.Module], None]) -> nn.Module:
-        model = make("meta")
-        model.load_state_dict(weights, assign=True)  # on the same storage
-        convert(model)
-        return model
+    def convert_with_torchao(model: nn.Module) -> None:
+        peers.convert(model, lambda module, _: isinstance(module, GroupedExperts))
 
     models: dict[str, tuple[nn.Module, str, str]] = {BF16: (base, "bf16", "bf16")}
     for recipe in options.recipes:
         config = config_from_recipe(recipe)
-        model = model_with(lambda model, config=config: quantize_(model, config, verbose=False))
+        model = sharing(make, weights, lambda model, config=config: quantize_(model, config, verbose=False))
         models[f"xmoe {recipe}"] = model, recipe, config.format
     missing = {}
     if "torchao" in options.peers:
         if why := peers.obstacle(sizes(base)):
             missing[TORCHAO] = why
         else:
-            model = model_with(lambda model: peers.convert(model, lambda module, _: isinstance(module, GroupedExperts)))
+            model = sharing(make, weights, convert_with_torchao)
             models[TORCHAO] = model, "fp8_rowwise", "fp8_rowwise"
 
     def clean() -> None:

@@ -47,11 +47,11 @@ def least_db(format: str, *, layer: bool = False) -> float:
     return LEAST_DB.get(format, LEAST_FP8_DB)
 
 
-def judge(energies: Mapping[str, Energies], least: float, note: str = "") -> Exactness:
+def judge(energies: Mapping[str, Energies], least: float, note: str = "", *, reference_name: str = "bf16") -> Exactness:
     """Every result by its name. A result or expert below ``least`` dB is wrong, and so is one that is not finite, or
     that gives anything but zeros where the reference is zero. A name with "router" in it gets `ROUTER_SLACK_DB`.
 
-    Raises WrongResult naming the result, the expert and the dB.
+    Raises WrongResult naming the result, the expert, the dB and what the reference is.
     """
     worst = worst_expert = math.inf
     for name, experts in energies.items():
@@ -59,10 +59,11 @@ def judge(energies: Mapping[str, Energies], least: float, note: str = "") -> Exa
         whole = sqnr(sum(signal for signal, _ in experts), sum(noise for _, noise in experts))
         each = [sqnr(*expert) for expert in experts]
         if not whole >= bound:
-            raise WrongResult(f"{name} is {whole:.1f} dB from bf16, at least {bound:g} is right")
+            raise WrongResult(f"{name} is {whole:.1f} dB from {reference_name}, at least {bound:g} is right")
         for expert, db in enumerate(each):
             if not db >= bound:
-                raise WrongResult(f"{name} of expert {expert} is {db:.1f} dB from bf16, at least {bound:g} is right")
+                what = f"{name} of expert {expert}"
+                raise WrongResult(f"{what} is {db:.1f} dB from {reference_name}, at least {bound:g} is right")
         worst, worst_expert = min(worst, whole), min(worst_expert, *each)
     return Exactness(worst, worst_expert, note)
 

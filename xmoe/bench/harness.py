@@ -4,6 +4,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from xmoe.bench.events import Emit, emit_row
@@ -64,6 +65,8 @@ class System:
     work: Work
     forward: Callable[[], Any] | None = None
     """The forward alone, with grad, on an input that autograd alone may keep; its output has ``nbytes``."""
+    time: Callable[[], float] | None = None
+    """Milliseconds of a step, where the run's `Timer` does not measure it."""
     peak: Callable[[], int | None] | None = None
     """The memory of a step over the operands (bytes), where it is known without counting."""
     compiled: bool = False
@@ -79,6 +82,8 @@ class Case:
     tokens: int
     """What saved bytes are counted per."""
     systems: Sequence[System]
+    unit: str = "ms"
+    """`Row.unit`."""
     missing: dict[str, str] = field(default_factory=dict)
     """Systems that cannot be tried here: their names, and why."""
     clean: Callable[[], None] = lambda: None
@@ -111,12 +116,10 @@ def measure(case: Case, rounds: int, timer: Timer, memory: Memory, emit: Emit) -
 
     A system that raises, or whose result is wrong, is a row that says so.
     """
-    rows = [
-        Row(table=case.table, shape=case.shape, dims=case.dims, system=s.name, compiled=s.compiled, work=s.work)
-        for s in case.systems
-    ]
+    new_row = partial(Row, table=case.table, shape=case.shape, dims=case.dims, unit=case.unit)
+    rows = [new_row(system=s.name, compiled=s.compiled, work=s.work) for s in case.systems]
     for name, why in case.missing.items():
-        row = Row(table=case.table, shape=case.shape, dims=case.dims, system=name)
+        row = new_row(system=name)
         row.fail(f"cannot run: {why}")
         emit_row(emit, row)
     done, total = 0, len(rows) * (rounds + 1)
@@ -156,7 +159,7 @@ def measure(case: Case, rounds: int, timer: Timer, memory: Memory, emit: Emit) -
         right = [
             i
             for i in right[first:] + right[:first]
-            if attempt(i, what, lambda system, row: row.add_round(timer(system.step)))
+            if attempt(i, what, lambda system, row: row.add_round(system.time() if system.time else timer(system.step)))
         ]
         right.sort()
     return rows

@@ -10,10 +10,10 @@ from typing import Any
 
 from xmoe.config import RECIPES, config_from_recipe
 from xmoe.operands import FEATURE_MULTIPLE
-from xmoe.shapes import LAYERS, MODELS, LayerShape, Shape
+from xmoe.shapes import LAYERS, MODELS, OVERHEADS, LayerShape, Shape, StackShape
 from xmoe.train.files import UserError
 
-COMMANDS = ("grouped-mm", "quantize", "layer")
+COMMANDS = ("grouped-mm", "quantize", "layer", "overhead")
 PEERS = {
     "torch": "pip install torch",
     "torchao": "pip install torchao",
@@ -23,18 +23,31 @@ PEERS = {
 """Other systems, with what installs each."""
 JAX_PEERS = ("jax", "tokamax")
 """Those that run in the JAX worker, beside xmoe's own JAX frontend."""
-PEERS_OF = {"grouped-mm": tuple(PEERS), "layer": ("torch", "torchao"), "quantize": ()}
-DEFAULT_SHAPES = {"grouped-mm": "llama4_g8,deepseek_v3_g8", "quantize": "llama4_g8,deepseek_v3_g8", "layer": "all"}
+PEERS_OF = {"grouped-mm": tuple(PEERS), "layer": ("torch", "torchao"), "quantize": (), "overhead": ("torchao",)}
+AnyShape = Shape | LayerShape | StackShape
+SHAPES: dict[str, tuple[AnyShape, ...]] = {
+    "grouped-mm": MODELS,
+    "quantize": MODELS,
+    "layer": tuple(LAYERS.values()),
+    "overhead": OVERHEADS,
+}
+"""Those with names."""
+DEFAULT_SHAPES = {
+    "grouped-mm": "llama4_g8,deepseek_v3_g8",
+    "quantize": "llama4_g8,deepseek_v3_g8",
+    "layer": "all",
+    "overhead": "all",
+}
 BASE_RECIPES = tuple(recipe for recipe in RECIPES if recipe == config_from_recipe(recipe).format)
 """One recipe for each format: the default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A benchmark run. ``shapes`` are `Shape` or, for "layer", `LayerShape`."""
+    """A benchmark run. ``shapes`` are of the `shape_classes` of ``command``."""
 
     command: str
-    shapes: tuple[Shape | LayerShape, ...]
+    shapes: tuple[AnyShape, ...]
     recipes: tuple[str, ...]
     peers: tuple[str, ...] = ()
     compile: bool = False
@@ -46,27 +59,29 @@ class Options:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Options":
-        kind = shape_class(fields["command"])
-        shapes = tuple(kind(**shape) for shape in fields["shapes"])
+        kinds = {frozenset(kind._fields): kind for kind in shape_classes(fields["command"])}
+        shapes = tuple(kinds[frozenset(shape)](**shape) for shape in fields["shapes"])
         lists = {name: tuple(fields[name]) for name in ("recipes", "peers")}
         return cls(**{**fields, **lists, "shapes": shapes})
 
 
-def shape_class(command: str) -> type[Shape] | type[LayerShape]:
-    """What a shape of ``command`` is."""
-    return LayerShape if command == "layer" else Shape
+def shape_classes(command: str) -> tuple[type[AnyShape], ...]:
+    """What the shapes of ``command`` are; no two of these have the same fields."""
+    return tuple(dict.fromkeys(type(shape) for shape in SHAPES[command]))
 
 
 def make_options(
     command: str,
     *,
     shapes: str | None = None,
+    tokens: str | None = None,
     recipes: str | None = None,
     peers: str | None = None,
     compile: bool = False,
     rounds: int = 5,
 ) -> Options:
-    """Options from the command line's strings, lists separated by commas. None: the default, for peers those installed.
+    """Options from the command line's strings, lists separated by commas. None: the default, for peers those installed,
+    for ``tokens`` those of each shape.
 
     Raises UserError naming the option, its value and the fix.
     """
@@ -76,6 +91,8 @@ def make_options(
     if unknown := [name for name in names if name not in RECIPES]:
         raise UserError(f"--recipes: {unknown[0]!r} is not known; use {', '.join(RECIPES)}")
     found = find_shapes(command, DEFAULT_SHAPES[command] if shapes is None else shapes)
+    if tokens is not None:
+        found = with_tokens(found, tokens)
     return Options(command, found, tuple(dict.fromkeys(names)), find_peers(command, peers), compile, rounds)
 
 
@@ -93,13 +110,13 @@ def find_peers(command: str, text: str | None) -> tuple[str, ...]:
     return names
 
 
-def find_shapes(command: str, text: str) -> tuple[Shape | LayerShape, ...]:
+def find_shapes(command: str, text: str) -> tuple[AnyShape, ...]:
     """Shapes by name, by the prefix of several ("llama4"), "all", or from TOML files; - and _ are one.
 
     Raises UserError for a name or a file that gives none.
     """
-    table: dict[str, Any] = {shape.name: shape for shape in (LAYERS.values() if command == "layer" else MODELS)}
-    found: list[Shape | LayerShape] = []
+    table = {shape.name: shape for shape in SHAPES[command]}
+    found: list[AnyShape] = []
     for name in _names(text):
         if name.endswith(".toml"):
             found += load_shapes(command, Path(name))
@@ -115,8 +132,24 @@ def find_shapes(command: str, text: str) -> tuple[Shape | LayerShape, ...]:
     return tuple({shape.name: shape for shape in found}.values())
 
 
-def load_shapes(command: str, path: Path) -> list[Shape | LayerShape]:
-    """The ``[[shape]]`` tables of a file: name, M, N, K, G, or for "layer" name, tokens, dim, hidden, experts, top_k.
+def with_tokens(shapes: Sequence[AnyShape], text: str) -> tuple[Shape, ...]:
+    """Every grouped GEMM of ``shapes`` with each of the numbers of tokens in ``text`` in the place of its own, its name
+    with _mTOKENS behind it. Raises UserError for what is not a number of 1 or more."""
+    numbers = []
+    for word in _names(text):
+        if not (word.isascii() and word.isdigit()) or int(word) < 1:
+            raise UserError(f"--tokens: {word!r} is not a number of tokens; give integers of 1 or more: 4096,16384")
+        numbers.append(int(word))
+    return tuple(
+        shape._replace(name=f"{shape.name}_m{M}", M=M)
+        for shape in shapes
+        if isinstance(shape, Shape)
+        for M in dict.fromkeys(numbers)
+    )
+
+
+def load_shapes(command: str, path: Path) -> list[AnyShape]:
+    """The ``[[shape]]`` tables of a file, with the fields of one of the `shape_classes` of ``command`` each.
 
     Raises UserError naming the file and what is wrong in it.
     """
@@ -127,16 +160,21 @@ def load_shapes(command: str, path: Path) -> list[Shape | LayerShape]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--shapes: {path} is not valid TOML: {error}") from error
     tables = document.get("shape")
-    kind = shape_class(command)
+    kinds = shape_classes(command)
     if not isinstance(tables, list) or not tables:
-        raise UserError(f"--shapes: {path} has no [[shape]] table; add some, with {', '.join(kind._fields)}")
-    return [_shape(kind, table, path) for table in tables]
+        raise UserError(f"--shapes: {path} has no [[shape]] table; add some, with {_fields(kinds)}")
+    return [_shape(kinds, table, path) for table in tables]
 
 
-def _shape(kind: type[Shape] | type[LayerShape], table: Any, path: Path) -> Shape | LayerShape:
+def _fields(kinds: Sequence[type[AnyShape]]) -> str:
+    return ", or ".join(", ".join(kind._fields) for kind in kinds)
+
+
+def _shape(kinds: Sequence[type[AnyShape]], table: Any, path: Path) -> AnyShape:
+    kind = next((kind for kind in kinds if isinstance(table, dict) and set(table) == set(kind._fields)), None)
+    if kind is None:
+        raise UserError(f"--shapes: {path}: the keys of a [[shape]] are {_fields(kinds)}; found {table!r}")
     name, *sizes = kind._fields
-    if not isinstance(table, dict) or set(table) != set(kind._fields):
-        raise UserError(f"--shapes: {path}: the keys of a [[shape]] are {', '.join(kind._fields)}; found {table!r}")
     if not isinstance(table[name], str) or not table[name]:
         raise UserError(f"--shapes: {path}: name={table[name]!r}; give a string")
     features = ("N", "K", "dim", "hidden")
@@ -145,7 +183,7 @@ def _shape(kind: type[Shape] | type[LayerShape], table: Any, path: Path) -> Shap
         if type(table[size]) is not int or table[size] < least or table[size] % least:
             what = f"a multiple of {least}" if least > 1 else "an integer of 1 or more"
             raise UserError(f"--shapes: {path}: {size}={table[size]!r} of {table[name]!r}; give {what}")
-    if kind is LayerShape and table["top_k"] > table["experts"]:
+    if table.get("top_k", 0) > table.get("experts", 0):
         raise UserError(f"--shapes: {path}: top_k={table['top_k']} of {table[name]!r}; give at most experts")
     return kind(**table)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from xmoe.bench.options import BASE_RECIPES
 from xmoe.bench.results import BF16, TORCHAO, Results, Row
+from xmoe.shapes import DEEPSEEK_V3, LLAMA4
 from xmoe.train.files import UserError, write_atomically
 
 FORWARD = "forward GEMM, operands quantized"
 BOTH = "forward and backward"
 EMPTY = "–"
+_PER_MS = {"ms": 1, "µs": 1e3}
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 README_SHAPES = {
     "llama4_g8": "Llama 4", "deepseek_v3_g8": "DeepSeek-V3", "deepseek_v2_lite": "DeepSeek-V2-Lite",
@@ -57,8 +59,10 @@ def _columns(table: Table) -> list[tuple[str, Callable[[Row], Any]]]:
         ("shape", lambda row: row.shape),
         *((letter, lambda row, letter=letter: row.dims.get(letter)) for letter in dims),
         ("system", lambda row: row.name),
-        ("ms", lambda row: number(row.ms)),
-        ("spread ms", lambda row: number(row.spread_ms)),
+        ("ms", lambda row: _time(row, row.ms, "ms")),
+        ("spread ms", lambda row: _time(row, row.spread_ms, "ms")),
+        ("µs", lambda row: _time(row, row.ms, "µs")),
+        ("spread µs", lambda row: _time(row, row.spread_ms, "µs")),
         ("x bf16", lambda row: number(table.speedup(row, BF16), 2)),
         ("x torchao", lambda row: number(table.speedup(row, TORCHAO), 2)),
         ("TFLOP/s", lambda row: number(table.tflops(row), 0)),
@@ -70,6 +74,11 @@ def _columns(table: Table) -> list[tuple[str, Callable[[Row], Any]]]:
         ("worst expert dB", lambda row: number(row.worst_expert_db, 1)),
         ("note", lambda row: row.note or None),
     ]
+
+
+def _time(row: Row, ms: float | None, unit: str) -> str | None:
+    """A time of ``row``, for the column of ``unit``."""
+    return None if ms is None or row.unit != unit else number(ms * _PER_MS[unit])
 
 
 def number(value: float | None, digits: int | None = None) -> str | None:
@@ -129,6 +138,8 @@ def markdown(results: Results, chart: str = "") -> str:
         text += ["", f"## {title}", "", *table_lines(*cells(results, rows))]
     if results.rows:
         text += ["", _LEGEND]
+    if any(row.unit == "µs" for row in results.rows):
+        text += ["", _HOST_LEGEND]
     for note in results.notes:
         text += ["", note]
     if chart:
@@ -141,6 +152,12 @@ _LEGEND = (
     f"the eager and the compiled `{BF16}` and `{TORCHAO}`. “Of ceiling”: the time of the work (GEMMs; for quantizers "
     "each input read and each output written once) at the measured ceilings, over the time taken. “Peak” is memory "
     "over the operands, gradients included; “saved” what autograd keeps of the forward, the weights excepted."
+)
+
+
+_HOST_LEGEND = (
+    "Host times are what a call takes until it returns, the GPU idle before a burst of calls and not waited for after "
+    "one; the median of single calls."
 )
 
 
@@ -184,8 +201,8 @@ def _forward_sentence(table: Table) -> str:
     """What the bare fp8 GEMM reaches where many tokens share an expert; "" without both systems."""
 
     def reach(system: str) -> str:
-        large = ("llama4", "deepseek_v3")
-        rows = [row for row in table.rows if row.system == system and row.shape.startswith(large)]
+        large = {shape.name for shape in (*LLAMA4, *DEEPSEEK_V3)}  # as they are named with their own tokens
+        rows = [row for row in table.rows if row.system == system and row.shape in large]
         found = [sum(row.work.values()) / ms / 1e9 for row in rows for ms in row.rounds_ms]
         return f"{min(found):.0f}–{max(found):.0f}" if found else ""
 

@@ -24,6 +24,8 @@ class Row:
     """The shape's sizes, by their letters."""
     system: str
     compiled: bool = False
+    unit: str = "ms"
+    """What its times are shown in: "ms", or "µs" for those of the host. They are kept in ms."""
     work: dict[str, float] = field(default_factory=dict)
     """`xmoe.bench.workload.Work`."""
     ms: float | None = None
