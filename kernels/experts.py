@@ -65,6 +65,11 @@ def fuses(config: GroupedMMConfig, H: int) -> bool:
     return H % SCALE_BLOCKS.get(config.format, 1) == 0
 
 
+def gives_amax(config: GroupedMMConfig, H: int) -> bool:
+    """Whether the kernels of `dgrad` find, at no cost, the maxima that `wgrad` needs."""
+    return config.format == "fp8_rowwise" and not saves_input(config) and 2 * H <= LONGEST_ROW
+
+
 # --------------------------------------------------------------------------------------------------------------- specs
 
 
@@ -121,7 +126,7 @@ def dgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spe
     spec.scratch.update(pipeline.backward_spec(e.joint_problem, config, device, True, False).scratch)
     if config.format == "bf16":
         spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
-    if config.format == "fp8_rowwise" and not saves_input(config) and 2 * e.H <= LONGEST_ROW:
+    if gives_amax(config, e.H):
         spec.outputs["amax"] = TensorSpec((e.G, 2 * e.H), "int32")
         spec.scratch.update(token_map(TOKEN_TILE, e.joint_problem))
     return spec
@@ -267,6 +272,12 @@ def _half(d: tuple[torch.Tensor, torch.Tensor | None], half: int, e: Experts, co
         return data[:, own], None
     assert scale is not None, "a wgrad operand in 8 bits has scales"
     return data[own], scale[:, own] if config.format == "fp8_rowwise" else scale[own]
+
+
+def swiglu_into(gate_up: torch.Tensor, h: torch.Tensor) -> None:
+    """h [M, H] = silu(g) u of gate_up [M, 2H], contiguous, on a GPU: what an input-saving config's backward needs."""
+    with on_device(gate_up):
+        swiglu.swiglu(gate_up, h)
 
 
 def _emulated_forward(config: GroupedMMConfig, x, w1, w2, w3, offs, gate_up, outputs: Tensors) -> None:

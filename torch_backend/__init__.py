@@ -1,5 +1,6 @@
 """xmoe for PyTorch: grouped GEMMs, the weight wrapper and ``quantize_``, an MoE layer."""
 
+from xmoe.torch_backend.experts import swiglu_experts
 from xmoe.torch_backend.grouped_mm import (
     _to_fp8_rowwise_then_scaled_grouped_mm,
     _to_mxfp8_then_scaled_grouped_mm,
@@ -20,6 +21,7 @@ __all__ = [
     "generate_jagged_offs",
     "quantize_",
     "scaled_grouped_mm",
+    "swiglu_experts",
     "to_fp8_rowwise_then_scaled_grouped_mm",
     "to_mxfp8_then_scaled_grouped_mm",
 ]

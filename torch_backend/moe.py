@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmoe.torch_backend.tensor import ScaledGroupedMMTensor, wrapped_swiglu_experts
+
 
 class Router(nn.Module):
     """Scores every expert for every token, in float32."""
@@ -53,7 +55,10 @@ class Router(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts: w2 · (silu(w1 · x) * (w3 · x)), each on its own rows."""
+    """SwiGLU experts: w2 · (silu(w1 · x) * (w3 · x)), each on its own rows.
+
+    Weights that ``quantize_`` wrapped with one config run as one op, `xmoe.torch_backend.swiglu_experts`.
+    """
 
     def __init__(
         self,
@@ -71,7 +76,10 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x: Tensor, offs: Tensor) -> Tensor:
         """x [rows, D], sorted by expert; offs int32 [E], the end row of each → [rows, D]."""
-        w1, w2, w3 = (w.to(x.dtype).transpose(-2, -1) for w in (self.w1, self.w2, self.w3))
+        w1, w2, w3 = (w.to(x.dtype) for w in (self.w1, self.w2, self.w3))
+        if isinstance(w1, ScaledGroupedMMTensor) and type(w1) is type(w2) is type(w3):
+            return wrapped_swiglu_experts(x, w1, w2, w3, offs)
+        w1, w2, w3 = (w.transpose(-2, -1) for w in (w1, w2, w3))
         h = F.silu(torch._grouped_mm(x, w1, offs=offs)) * torch._grouped_mm(x, w3, offs=offs)
         return torch._grouped_mm(h, w2, offs=offs)
 

@@ -21,17 +21,17 @@ from xmoe.kernels import pipeline
 from xmoe.kernels.dispatch import Device, Implementation, select
 from xmoe.operands import FEATURE_MULTIPLE
 
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _TMA_BYTES = 16
-_Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 
-_LIBRARY = torch.library.Library("xmoe", "FRAGMENT")  # its registrations live as long as it does
-_LIBRARY.define(
+LIBRARY = torch.library.Library("xmoe", "FRAGMENT")  # its registrations live as long as it does
+LIBRARY.define(
     "grouped_mm_forward(Tensor A, Tensor B, Tensor offs, str config_key, bool save_tokens) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_LIBRARY.define(
+LIBRARY.define(
     "grouped_mm_backward(Tensor dOut, Tensor[] A_saved, Tensor B, Tensor offs, str config_key, ScalarType A_dtype, "
     "bool need_dA, bool need_dB) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -42,15 +42,15 @@ class _Plan(NamedTuple):
     problem: pipeline.Problem
     config: GroupedMMConfig
     view: Device
-    outputs: _Specs
-    scratch: _Specs
+    outputs: Specs
+    scratch: Specs
 
 
-def _specs(specs: dict[str, pipeline.TensorSpec]) -> _Specs:
+def as_torch(specs: dict[str, pipeline.TensorSpec]) -> Specs:
     return tuple((name, spec.shape, getattr(torch, spec.dtype)) for name, spec in specs.items())
 
 
-def _allocate(specs: _Specs, device: torch.device) -> dict[str, Tensor]:
+def allocate(specs: Specs, device: torch.device) -> dict[str, Tensor]:
     return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in specs}
 
 
@@ -72,7 +72,7 @@ def check_signature(
     if len(B_shape) != 3:
         raise ValueError(f"B_t has shape {tuple(B_shape)}; give expert weights [G, K, N]")
     for name, dtype in (("A", A_dtype), ("B_t", B_dtype)):
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"{name} is {dtype}; cast it to torch.bfloat16 or torch.float32")
     G, K, N = B_shape
     if A_shape[1] != K:
@@ -124,21 +124,21 @@ def _forward_plan(
     problem = _problem(A_shape[0], B_shape, A_dtype, B_dtype, _out_dtype(config, A_dtype))
     view = pipeline.device_of(devices[0].type, devices[0].index)
     spec = pipeline.forward_spec(problem, config, view, save_tokens)
-    return _Plan(problem, config, view, _specs(spec.outputs), _specs(spec.scratch))
+    return _Plan(problem, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
 
 
 def _out_dtype(config: GroupedMMConfig, A_dtype: torch.dtype) -> str:
-    return config.out_dtype or _DTYPES[A_dtype]
+    return config.out_dtype or DTYPES[A_dtype]
 
 
 def _problem(
     M: int, B_shape: torch.Size, A_dtype: torch.dtype, B_dtype: torch.dtype, out_dtype: str
 ) -> pipeline.Problem:
     G, K, N = B_shape
-    return pipeline.Problem(M, N, K, G, _DTYPES[A_dtype], _DTYPES[B_dtype], out_dtype)
+    return pipeline.Problem(M, N, K, G, DTYPES[A_dtype], DTYPES[B_dtype], out_dtype)
 
 
-@torch.library.impl(_LIBRARY, "grouped_mm_forward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "grouped_mm_forward", "CompositeExplicitAutograd")
 @torch._disable_dynamo  # which traces into it where it has skipped the frame of the call
 def grouped_mm_forward(
     A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool
@@ -159,15 +159,15 @@ def grouped_mm_forward(
     )  # fmt: skip
     if plan.config.debug:
         check_offsets(offs, A.shape[0])
-    outputs, scratch = _allocate(plan.outputs, A.device), _allocate(plan.scratch, A.device)
-    A, B, offs = _aligned(A.contiguous()), _aligned(B), offs.contiguous()
+    outputs, scratch = allocate(plan.outputs, A.device), allocate(plan.scratch, A.device)
+    A, B, offs = aligned(A.contiguous()), aligned(B), offs.contiguous()
     pipeline.forward(plan.problem, plan.config, plan.view, A, B, offs, outputs, scratch)
     if "a_tokens" in outputs:
         return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
     return outputs["out"], A.new_empty(0), A.new_empty(0)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """x, or a contiguous copy of an x that TMA cannot read as it lies.
 
     It can where one of the last two axes is contiguous and the first byte and the other strides are multiples of 16
@@ -178,21 +178,21 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits and x.data_ptr() % _TMA_BYTES == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _fake_implementation(config: GroupedMMConfig, device: torch.device) -> Implementation:
+def fake_implementation(config: GroupedMMConfig, device: torch.device) -> Implementation:
     """What a tensor that is said to be on `device` would get."""
     if device.type == "cuda" and torch.cuda.is_available():
         return select(config, pipeline.device_of("cuda", device.index))
     return select(dataclasses.replace(config, kernel_preference=KernelPreference.EMULATED), Device("meta"))
 
 
-@torch.library.register_fake("xmoe::grouped_mm_forward", lib=_LIBRARY)
+@torch.library.register_fake("xmoe::grouped_mm_forward", lib=LIBRARY)
 def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
     devices = (A.device, B.device, offs.device)
     check_signature(A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, devices)
     config = config_from_key(config_key)
     problem = _problem(A.shape[0], B.shape, A.dtype, B.dtype, _out_dtype(config, A.dtype))
-    implementation = _fake_implementation(config, A.device)
-    outputs = _allocate(_specs(pipeline.forward_outputs(problem, config, implementation, save_tokens)), A.device)
+    implementation = fake_implementation(config, A.device)
+    outputs = allocate(as_torch(pipeline.forward_outputs(problem, config, implementation, save_tokens)), A.device)
     if "a_tokens" in outputs:
         return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
     return outputs["out"], A.new_empty(0), A.new_empty(0)
@@ -214,10 +214,10 @@ def _backward_plan(
     need_dB: bool,
 ) -> _Plan:
     config = config_from_key(key)
-    problem = _problem(M, B_shape, A_dtype, B_dtype, _DTYPES[dOut_dtype])
+    problem = _problem(M, B_shape, A_dtype, B_dtype, DTYPES[dOut_dtype])
     view = pipeline.device_of(device.type, device.index)
     spec = pipeline.backward_spec(problem, config, view, need_dA, need_dB)
-    return _Plan(problem, config, view, _specs(spec.outputs), _specs(spec.scratch))
+    return _Plan(problem, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
 
 
 def _empty_dB(B: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def _empty_dB(B: Tensor) -> Tensor:
     return B.new_empty(G, K, N) if B.stride(2) == 1 else B.new_empty(G, N, K).transpose(1, 2)
 
 
-@torch.library.impl(_LIBRARY, "grouped_mm_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "grouped_mm_backward", "CompositeExplicitAutograd")
 @torch._disable_dynamo
 def grouped_mm_backward(
     dOut: Tensor,
@@ -253,11 +253,11 @@ def grouped_mm_backward(
         name: _empty_dB(B) if name == "dB" else torch.empty(shape, dtype=dtype, device=device)
         for name, shape, dtype in plan.outputs
     }
-    scratch = _allocate(plan.scratch, device)
-    dOut, B, offs = _aligned(dOut.contiguous()), _aligned(B), offs.contiguous()
+    scratch = allocate(plan.scratch, device)
+    dOut, B, offs = aligned(dOut.contiguous()), aligned(B), offs.contiguous()
     saved = tuple(A_saved)
     if pipeline.saves_input(plan.config):
-        saved = tuple(_aligned(A.contiguous()) for A in saved)
+        saved = tuple(aligned(A.contiguous()) for A in saved)
     pipeline.backward(plan.problem, plan.config, plan.view, dOut, saved, B, offs, outputs, scratch)
     return (
         outputs["dA"] if need_dA else dOut.new_empty(0, dtype=A_dtype),
@@ -265,7 +265,7 @@ def grouped_mm_backward(
     )
 
 
-@torch.library.register_fake("xmoe::grouped_mm_backward", lib=_LIBRARY)
+@torch.library.register_fake("xmoe::grouped_mm_backward", lib=LIBRARY)
 def _(
     dOut: Tensor,
     A_saved: Sequence[Tensor],
@@ -284,7 +284,7 @@ def _(
 
 
 _forward_op = torch.ops.xmoe.grouped_mm_forward.default
-_backward_op = torch.ops.xmoe.grouped_mm_backward.default
+backward_op = torch.ops.xmoe.grouped_mm_backward.default
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -310,7 +310,7 @@ class _GroupedMM(torch.autograd.Function):
         if dOut is None or not (need_dA or need_dB):
             return None, None, None, None, None
         B, offs, *A_saved = ctx.saved_tensors
-        dA, dB = _backward_op(dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB)
+        dA, dB = backward_op(dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB)
         return dA if need_dA else None, dB if need_dB else None, None, None, None
 
 
@@ -318,14 +318,14 @@ class _GroupedMMBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A_saved: Sequence[Tensor], rest: tuple[Any, ...], dOut: Tensor, B: Tensor) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return _backward_op(dOut, A_saved, B, *rest)
+            return backward_op(dOut, A_saved, B, *rest)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise NotImplementedError("xmoe::grouped_mm_backward has no derivative; drop create_graph=True")
 
 
-@torch.library.impl(_LIBRARY, "grouped_mm_forward", "Autograd")
+@torch.library.impl(LIBRARY, "grouped_mm_forward", "Autograd")
 @torch._disable_dynamo
 def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
@@ -334,10 +334,10 @@ def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) ->
         return _forward_op(A, B, offs, config_key, save_tokens)
 
 
-@torch.library.impl(_LIBRARY, "grouped_mm_backward", "Autograd")
+@torch.library.impl(LIBRARY, "grouped_mm_backward", "Autograd")
 @torch._disable_dynamo
 def _(dOut: Tensor, A_saved: Sequence[Tensor], B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (dOut.requires_grad or B.requires_grad):
         return _GroupedMMBackward.apply(A_saved, rest, dOut, B)
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(dOut, A_saved, B, *rest)
+        return backward_op(dOut, A_saved, B, *rest)

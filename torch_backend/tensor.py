@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.config import GroupedMMConfig, config_from_key
+from xmoe.torch_backend.experts import swiglu_experts_by_key
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
 
 _GROUPED_MM: frozenset[Callable[..., Any]] = frozenset(
@@ -183,6 +184,15 @@ def _grouped_mm(
         if not torch.compiler.is_compiling():  # what the ops save for the backward is plain
             self, mat2 = unwrap(self), unwrap(mat2)
         return grouped_mm_by_key(self, mat2, offs, key)
+
+
+def wrapped_swiglu_experts(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> Tensor:
+    """`xmoe.torch_backend.swiglu_experts` of weights that are wrapped with one config."""
+    key = type(w1).config_key  # type: ignore[attr-defined]
+    with torch._C.DisableTorchFunctionSubclass():
+        if not torch.compiler.is_compiling():
+            x, w1, w2, w3 = unwrap(x), unwrap(w1), unwrap(w2), unwrap(w3)
+        return swiglu_experts_by_key(x, w1, w2, w3, offs, key)
 
 
 def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **kwargs: Any) -> tuple[Tensor | None, ...]:

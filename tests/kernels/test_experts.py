@@ -105,7 +105,10 @@ class Run:
         assert got.keys() == expected.keys()
         for name, x in got.items():
             assert torch.isfinite(x).all(), name
-            assert torch.equal(x, expected[name]), name
+            if self.where == "cuda" and "emulated" in self.config.recipe:  # cuBLAS sums in an order that depends on N
+                torch.testing.assert_close(x, expected[name])
+            else:
+                assert torch.equal(x, expected[name]), name
         for name in ("out", "gate_up", "dh", "dx", "d_gate_up"):
             assert not got[name][self.covered :].any(), name
 
@@ -161,11 +164,11 @@ def test_swiglu(backend):
     out = torch.empty_like(dh)
     swiglu.swiglu(gate_up, out)
     for h in (out, emulation.swiglu(gate_up)):
-        np.testing.assert_allclose(h.cpu(), g * s * u, rtol=2e-6, atol=1e-30)
+        np.testing.assert_allclose(h.cpu(), g * s * u, rtol=1e-5, atol=1e-30)
     emulated = emulation.swiglu_gradient(dh, gate_up)
     swiglu.swiglu_gradient_(dh, gate_up)
     for x in (gate_up, emulated):
-        np.testing.assert_allclose(x.cpu(), gradient, rtol=2e-6, atol=1e-6)
+        np.testing.assert_allclose(x.cpu(), gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_which_widths_fuse():

@@ -1,0 +1,322 @@
+"""SwiGLU experts as one differentiable op: ``xmoe::swiglu_experts_forward``, ``…_dgrad`` and ``…_wgrad``.
+
+M = tokens, D = model width, H = hidden width of an expert, G = experts. What the stages do, and what they save beside
+three grouped GEMMs, is in `xmoe.kernels.experts`.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xmoe.config import GroupedMMConfig, as_config, config_from_key
+from xmoe.kernels import emulation, experts, pipeline
+from xmoe.kernels.dispatch import Device
+from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.torch_backend.grouped_mm import grouped_mm_by_key
+from xmoe.torch_backend.ops import (
+    DTYPES,
+    LIBRARY,
+    Specs,
+    aligned,
+    allocate,
+    as_torch,
+    backward_op,
+    check_offsets,
+    fake_implementation,
+)
+
+
+def swiglu_experts(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config: GroupedMMConfig | StrEnum | str | None = None
+) -> Tensor:
+    """w2 (silu(w1 x) * w3 x) of every row with the weights of its expert, and the gradients, in one op.
+
+    The forward's GEMMs have the numbers of `scaled_grouped_mm`; the SwiGLU between them is computed in float32 and
+    rounded once; the gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not
+    divide H (32 in MX formats, 128 in ``fp8_blockwise``), and only there, it is three `scaled_grouped_mm`.
+
+    Args:
+        x: bf16 or fp32 [M, D]. Expert g owns the rows ``offs[g-1]:offs[g]``.
+        w1, w3: bf16 or fp32 [G, H, D], gate and up.
+        w2: [G, D, H], down, in the dtype of w1 and w3.
+        offs: int32 [G], the end row of each expert; rows past the last one come out as zeros.
+        config: what to quantize: a config, or a recipe (enum member or name); None is the bf16 baseline.
+
+    Returns:
+        [M, D] in ``config.out_dtype``, or in the dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; D or H not a multiple of 16; a config that the device
+            cannot run under its kernel preference.
+    """
+    for name, tensor in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("offs", offs)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is {'None' if tensor is None else type(tensor).__name__}; give a torch.Tensor")
+    return swiglu_experts_by_key(x, w1, w2, w3, offs, as_config(config).to_key())
+
+
+def swiglu_experts_by_key(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str) -> Tensor:
+    """`swiglu_experts` with the config as its key, the form that the ops carry."""
+    if not _fuses(config_key, w1.shape[1]):
+        h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
+        return grouped_mm_by_key(h, w2.mT, offs, config_key)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3))
+    return torch.ops.xmoe.swiglu_experts_forward.default(x, w1, w2, w3, offs, config_key, save)[0]
+
+
+@torch.compiler.assume_constant_result
+def _fuses(config_key: str, H: int) -> bool:
+    return experts.fuses(config_from_key(config_key), H)
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+class _Plan(NamedTuple):
+    experts: experts.Experts
+    config: GroupedMMConfig
+    view: Device
+    outputs: Specs
+    scratch: Specs
+
+
+def _check(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; flatten the leading dimensions to [M, D]")
+    if w1.ndim != 3 or w1.shape[0] < 1:
+        raise ValueError(f"w1 has shape {tuple(w1.shape)}; give [G, H, D] with at least one expert")
+    G, H, D = w1.shape
+    if x.shape[1] != D:
+        raise ValueError(f"x has D={x.shape[1]} columns and w1 {tuple(w1.shape)} has D={D}; give w1 as [G, H, D]")
+    for name, w, shape in (("w3", w3, (G, H, D)), ("w2", w2, (G, D, H))):
+        if tuple(w.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(w.shape)}; give {list(shape)}, to go with w1 {list(w1.shape)}")
+    for name, size in (("D", D), ("H", H)):
+        if size < FEATURE_MULTIPLE or size % FEATURE_MULTIPLE:
+            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it with zeros")
+    for name, tensor in (("x", x), ("w1", w1)):
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; cast it to torch.bfloat16 or torch.float32")
+    for name, w in (("w2", w2), ("w3", w3)):
+        if w.dtype != w1.dtype:
+            raise ValueError(f"{name} is {w.dtype} and w1 {w1.dtype}; cast them to one dtype")
+    if offs.dtype != torch.int32 or tuple(offs.shape) != (G,):
+        raise ValueError(f"offs is {offs.dtype} {tuple(offs.shape)}; give int32 ({G},), the end row of each expert")
+    devices = {tensor.device for tensor in (x, w1, w2, w3, offs)}
+    if len(devices) > 1:
+        raise ValueError(f"x, w1, w2, w3 and offs are on {', '.join(map(str, devices))}; move them to one device")
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    stage: str, M: int, w1_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, device: torch.device,
+    key: str, save: bool = True,
+) -> _Plan:  # fmt: skip
+    config, (G, H, D) = config_from_key(key), w1_shape
+    e = experts.Experts(M, D, H, G, DTYPES[x_dtype], DTYPES[w_dtype], config.out_dtype or DTYPES[x_dtype])
+    view = pipeline.device_of(device.type, device.index)
+    if stage == "forward":
+        spec = experts.forward_spec(e, config, view, save)
+    else:
+        spec = (experts.dgrad_spec if stage == "dgrad" else experts.wgrad_spec)(e, config, view)
+    return _Plan(e, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
+
+
+# ----------------------------------------------------------------------------------------------------------------- ops
+
+LIBRARY.define(
+    "swiglu_experts_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor offs, str config_key, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "swiglu_experts_dgrad(Tensor(a!) dh, Tensor(b!) gate_up, Tensor w1, Tensor w3, Tensor offs, str config_key, "
+    "bool need_dx) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "swiglu_experts_wgrad(Tensor d_gate_up, Tensor amax, Tensor[] x_saved, Tensor w1, Tensor offs, str config_key) "
+    "-> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define("swiglu(Tensor gate_up) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+_SAVED = ("gate_up", "x_tokens", "x_tokens_scale", "h_tokens", "h_tokens_scale")
+
+
+@torch.library.impl(LIBRARY, "swiglu_experts_forward", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def swiglu_experts_forward(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool
+) -> tuple[Tensor, ...]:
+    """``(out [M, D], gate_up [M, 2H], x_tokens, x_tokens_scale, h_tokens, h_tokens_scale)``
+    (``experts.forward_outputs``); empty [0] those that `save` or the config does not ask for."""
+    _check(x, w1, w2, w3, offs)
+    plan = _plan("forward", x.shape[0], w1.shape, x.dtype, w1.dtype, x.device, config_key, save)
+    if plan.config.debug:
+        check_offsets(offs, x.shape[0])
+    outputs, scratch = allocate(plan.outputs, x.device), allocate(plan.scratch, x.device)
+    x, w1, w2, w3 = (aligned(tensor.contiguous()) for tensor in (x, w1, w2, w3))
+    experts.forward(plan.experts, plan.config, plan.view, x, w1, w2, w3, offs.contiguous(), outputs, scratch)
+    return outputs["out"], *(outputs[name] if name in outputs else x.new_empty(0) for name in _SAVED)
+
+
+@torch.library.register_fake("xmoe::swiglu_experts_forward", lib=LIBRARY)
+def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool) -> tuple[Tensor, ...]:
+    _check(x, w1, w2, w3, offs)
+    config, (G, H, D) = config_from_key(config_key), w1.shape
+    e = experts.Experts(x.shape[0], D, H, G, DTYPES[x.dtype], DTYPES[w1.dtype], config.out_dtype or DTYPES[x.dtype])
+    specs = experts.forward_outputs(e, config, fake_implementation(config, x.device), save)
+    outputs = allocate(as_torch(specs), x.device)
+    return outputs["out"], *(outputs[name] if name in outputs else x.new_empty(0) for name in _SAVED)
+
+
+@torch.library.impl(LIBRARY, "swiglu_experts_dgrad", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def swiglu_experts_dgrad(
+    dh: Tensor, gate_up: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """``(dx [M, D], amax)``, empty [0] without `need_dx`. gate_up [M, 2H] becomes its gradient, dh [M, H] scratch."""
+    plan = _plan("dgrad", dh.shape[0], w1.shape, dh.dtype, w1.dtype, dh.device, config_key)
+    if not need_dx:
+        experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w1, w3, offs, {}, {})
+        return dh.new_empty(0), dh.new_empty(0)
+    outputs = allocate(plan.outputs, dh.device)
+    scratch = {name: _inside(dh, shape, dtype) if name == "d" else None for name, shape, dtype in plan.scratch}
+    rest = tuple(spec for spec in plan.scratch if scratch[spec[0]] is None)
+    tensors = {**scratch, **allocate(rest, dh.device)}
+    w1, w3 = (aligned(w.contiguous()) for w in (w1, w3))
+    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w1, w3, offs.contiguous(), outputs, tensors)
+    return outputs["dx"], outputs["amax"] if "amax" in outputs else dh.new_empty(0)
+
+
+def _inside(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor on the memory of another, if it fits."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    size = numel * dtype.itemsize
+    if not memory.is_contiguous() or size > memory.nbytes:
+        return None
+    return memory.view(torch.uint8).flatten()[:size].view(dtype).view(shape)
+
+
+@torch.library.register_fake("xmoe::swiglu_experts_dgrad", lib=LIBRARY)
+def _(
+    dh: Tensor, gate_up: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    if not need_dx:
+        return dh.new_empty(0), dh.new_empty(0)
+    config, (G, H, D) = config_from_key(config_key), w1.shape
+    dx = dh.new_empty(dh.shape[0], D)
+    kernels = fake_implementation(config, dh.device).gemm != "emulated"
+    known = kernels and experts.gives_amax(config, H)
+    return dx, dh.new_empty(G, 2 * H, dtype=torch.int32) if known else dh.new_empty(0)
+
+
+@torch.library.impl(LIBRARY, "swiglu_experts_wgrad", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def swiglu_experts_wgrad(
+    d_gate_up: Tensor, amax: Tensor, x_saved: Sequence[Tensor], w1: Tensor, offs: Tensor, config_key: str
+) -> tuple[Tensor, Tensor]:
+    """``(dw1, dw3)`` [G, H, D] in the dtype of w1, from what `swiglu_experts_dgrad` has made of gate_up."""
+    plan = _plan("wgrad", d_gate_up.shape[0], w1.shape, d_gate_up.dtype, w1.dtype, d_gate_up.device, config_key)
+    outputs, scratch = allocate(plan.outputs, d_gate_up.device), allocate(plan.scratch, d_gate_up.device)
+    saved = tuple(x_saved)
+    if pipeline.saves_input(plan.config):
+        saved = tuple(aligned(x.contiguous()) for x in saved)
+    known = amax if amax.numel() else None
+    experts.wgrad(
+        plan.experts, plan.config, plan.view, aligned(d_gate_up.contiguous()), known, saved, offs.contiguous(), outputs,
+        scratch,
+    )  # fmt: skip
+    return outputs["dw1"], outputs["dw3"]
+
+
+@torch.library.register_fake("xmoe::swiglu_experts_wgrad", lib=LIBRARY)
+def _(
+    d_gate_up: Tensor, amax: Tensor, x_saved: Sequence[Tensor], w1: Tensor, offs: Tensor, config_key: str
+) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(w1.shape, dtype=w1.dtype, device=w1.device) for _ in range(2))  # type: ignore[return-value]
+
+
+@torch.library.impl(LIBRARY, "swiglu", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(g) * u [M, H] of gate_up [M, 2H] = [g | u], in float32, rounded once."""
+    if gate_up.device.type != "cuda" or not pipeline.HAS_TRITON:
+        return emulation.swiglu(gate_up)
+    h = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    experts.swiglu_into(gate_up.contiguous(), h)
+    return h
+
+
+@torch.library.register_fake("xmoe::swiglu", lib=LIBRARY)
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+_forward_op = torch.ops.xmoe.swiglu_experts_forward.default
+_dgrad_op = torch.ops.xmoe.swiglu_experts_dgrad.default
+_wgrad_op = torch.ops.xmoe.swiglu_experts_wgrad.default
+
+
+class _SwigluExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, gate_up, *tokens = _forward_op(x, w1, w2, w3, offs, config_key, True)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(gate_up, *tokens)
+        ctx.config_key, ctx.takes_input = config_key, pipeline.saves_input(config_from_key(config_key))
+        need_x, need_h = ctx.needs_input_grad[1] or ctx.needs_input_grad[3], ctx.needs_input_grad[2]
+        x_saved, h_saved = ((x,) if ctx.takes_input else tokens[:2]), (() if ctx.takes_input else tokens[2:])
+        ctx.counts = len(x_saved) * need_x, len(h_saved) * need_h
+        ctx.save_for_backward(gate_up, w1, w2, w3, offs, *(x_saved if need_x else ()), *(h_saved if need_h else ()))
+        return out, gate_up, *tokens
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, (need_dx, need_dw1, need_dw2, need_dw3) = gradients[0], ctx.needs_input_grad[:4]
+        if dout is None or not any(ctx.needs_input_grad):
+            return None, None, None, None, None, None
+        gate_up, w1, w2, w3, offs, *saved = ctx.saved_tensors
+        x_saved, h_saved = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
+        # The gradient of gate_up takes its place: the largest tensor here, and free after this, unless the graph stays.
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
+            gate_up = gate_up.clone()
+        else:
+            ctx.maybe_clear_saved_tensors()
+        del saved
+        key, need_dw13, dx, dw1, dw3 = ctx.config_key, need_dw1 or need_dw3, None, None, None
+        if ctx.takes_input and need_dw2:
+            h_saved = [torch.ops.xmoe.swiglu.default(gate_up)]
+        need_dh = need_dx or need_dw13
+        dh, dw2 = backward_op(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2)
+        del h_saved
+        if need_dh:
+            dx, amax = _dgrad_op(dh, gate_up, w1, w3, offs, key, need_dx)
+            del dh
+            if need_dw13:
+                dw1, dw3 = _wgrad_op(gate_up, amax, x_saved, w1, offs, key)
+        return (
+            dx if need_dx else None, dw1 if need_dw1 else None, dw2.mT if need_dw2 else None,
+            dw3 if need_dw3 else None, None, None,
+        )  # fmt: skip
+
+
+@torch.library.impl(LIBRARY, "swiglu_experts_forward", "Autograd")
+@torch._disable_dynamo
+def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3)):
+        return _SwigluExperts.apply(x, w1, w2, w3, offs, config_key)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(x, w1, w2, w3, offs, config_key, save)
