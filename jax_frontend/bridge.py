@@ -23,7 +23,7 @@ from jax.experimental.buffer_callback import buffer_callback
 
 from xmoe.config import GroupedMMConfig
 from xmoe.jax_frontend.emulation import Saved, varying_axes
-from xmoe.jax_frontend.plan import Plan
+from xmoe.jax_frontend.plan import ExpertsPlan, Plan
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,15 @@ def torch_from_jax(array: jax.Array) -> "torch.Tensor":
 class _Call:
     """One callback with what XLA has to know of it."""
 
-    def __init__(self, spec: "pipeline.Spec", function: Callable[..., None], implementation: "Implementation") -> None:
+    def __init__(
+        self,
+        spec: "pipeline.Spec",
+        function: Callable[..., None],
+        implementation: "Implementation",
+        aliases: dict[int, int] | None = None,
+    ) -> None:
+        """`aliases`: inputs that become outputs, by their positions; they come as outputs only."""
+        self.aliases = aliases or {}
         shapes = {**spec.outputs, **{f"scratch.{name}": tensor for name, tensor in spec.scratch.items()}}
         self.outputs = len(spec.outputs)
         self.shapes = [jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(tensor.dtype)) for tensor in shapes.values()]
@@ -92,7 +100,8 @@ class _Call:
                 tensors = [_tensor(buffer) for buffer in buffers]
                 outputs = dict(zip(spec.outputs, tensors, strict=False))
                 scratch = dict(zip(spec.scratch, tensors[self.outputs :], strict=True))
-                function(outputs, scratch, *(_tensor(buffer) for buffer in inputs))
+                own = (buffer for index, buffer in enumerate(inputs) if index not in self.aliases)
+                function(outputs, scratch, *map(_tensor, own))
 
         self.callback = callback
 
@@ -100,8 +109,9 @@ class _Call:
 def _run(call: _Call, *inputs: jax.Array) -> list[jax.Array]:
     """The outputs (without the scratch) of ``call``."""
     run = buffer_callback(
-        call.callback, call.shapes, vmap_method="sequential", command_buffer_compatible=call.recordable
-    )
+        call.callback, call.shapes, vmap_method="sequential", input_output_aliases=call.aliases,
+        command_buffer_compatible=call.recordable,
+    )  # fmt: skip
     outputs = run(*inputs)[: call.outputs]
     axes = tuple(varying_axes(*inputs))  # buffer_callback forgets them
     return [jax.lax.pcast(x, axes, to="varying") for x in outputs] if axes else outputs
@@ -139,6 +149,81 @@ def _backward_call(plan: Plan, need_dA: bool, need_dB: bool) -> _Call:
         pipeline.backward(problem, config, device, dout, tuple(saved), B, offs, outputs, scratch)
 
     return _Call(spec, run, _implementation(config, plan.platform))
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+
+def experts_forward(
+    plan: ExpertsPlan, x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, offs: jax.Array, *, save: bool
+) -> tuple[jax.Array, ...]:
+    """``(out, gate_up, x_tokens, x_tokens_scale, h_tokens, h_tokens_scale)``, those of `experts.forward_outputs`."""
+    return tuple(_run(_experts_call(plan, "forward", save), x, w1, w2, w3, offs))
+
+
+def experts_dgrad(
+    plan: ExpertsPlan, dh: jax.Array, gate_up: jax.Array, w1: jax.Array, w3: jax.Array, offs: jax.Array, need_dx: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """``(d_gate_up, dx, amax)``; None for what is not needed or not there."""
+    d_gate_up, *rest = _run(_experts_call(plan, "dgrad", need_dx), dh, w1, w3, offs, gate_up)
+    dx, amax, *_ = *rest, None, None
+    return d_gate_up, dx, amax
+
+
+def experts_wgrad(
+    plan: ExpertsPlan, d_gate_up: jax.Array, amax: jax.Array | None, x_saved: Saved, offs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``(dw1, dw3)``."""
+    known = () if amax is None else (amax,)
+    dw1, dw3 = _run(_experts_call(plan, "wgrad", amax is not None), d_gate_up, offs, *known, *x_saved)
+    return dw1, dw3
+
+
+def swiglu(gate_up: jax.Array, plan: ExpertsPlan) -> jax.Array:
+    """h [M, H] of gate_up [M, 2H], by the kernel that the forward used."""
+    return _run(_experts_call(plan, "swiglu"), gate_up)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _experts_call(plan: ExpertsPlan, stage: str, flag: bool = True) -> _Call:
+    """`flag`: of "forward", that the backward's tensors are wanted; of "dgrad", that dx is; of "wgrad", that amax is an
+    input."""
+    pipeline = _pipeline()
+    from xmoe.kernels import experts
+
+    config, device, implementation = plan.config, _device(plan.platform), _implementation(plan.config, plan.platform)
+    e = experts.Experts(plan.M, plan.D, plan.H, plan.G, plan.x_dtype, plan.w_dtype, plan.out_dtype)
+    if plan.platform == "gpu":
+        for local in jax.local_devices(backend="gpu"):
+            experts.warm_up(e, config, _torch().device("cuda", local.local_hardware_id))
+    gate_up = pipeline.TensorSpec((plan.M, 2 * plan.H), plan.x_dtype)
+
+    if stage == "forward":
+
+        def forward(outputs: Any, scratch: Any, x: Any, w1: Any, w2: Any, w3: Any, offs: Any) -> None:
+            experts.forward(e, config, device, x, w1, w2, w3, offs, outputs, scratch)
+
+        return _Call(experts.forward_spec(e, config, device, flag), forward, implementation)
+    if stage == "dgrad":
+        spec = experts.dgrad_spec(e, config, device) if flag else pipeline.Spec()
+        spec = pipeline.Spec({"gate_up": gate_up, **spec.outputs}, spec.scratch)
+
+        def dgrad(outputs: Any, scratch: Any, dh: Any, w1: Any, w3: Any, offs: Any) -> None:
+            experts.dgrad(e, config, device, dh, outputs["gate_up"], w1, w3, offs, outputs, scratch)
+
+        return _Call(spec, dgrad, implementation, {4: 0})
+    if stage == "wgrad":
+
+        def wgrad(outputs: Any, scratch: Any, d_gate_up: Any, offs: Any, *rest: Any) -> None:
+            amax, saved = (rest[0], rest[1:]) if flag else (None, rest)
+            experts.wgrad(e, config, device, d_gate_up, amax, saved, offs, outputs, scratch)
+
+        return _Call(experts.wgrad_spec(e, config, device), wgrad, implementation)
+
+    def hidden(outputs: Any, scratch: Any, gate_up: Any) -> None:
+        experts.swiglu_into(gate_up, outputs["h"])
+
+    return _Call(pipeline.Spec({"h": pipeline.TensorSpec((plan.M, plan.H), plan.x_dtype)}), hidden, implementation)
 
 
 # ------------------------------------------------------------------------------------------------------------- devices

@@ -208,6 +208,26 @@ def wgrad(saved: Saved, dOut: jax.Array, offs: jax.Array, config: GroupedMMConfi
     return grouped_mm_tokens(a, quantize_tokens(dOut, offs, config.format), offs, out_dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """h [M, H] = silu(g) u of gate_up [M, 2H] = [g | u]: float32, rounded once to the dtype of gate_up."""
+    g, u = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+    return _rounded(g / (1 + jnp.exp(-g)) * u, gate_up.dtype)
+
+
+def swiglu_gradient(dh: jax.Array, gate_up: jax.Array) -> jax.Array:
+    """[dg | du] [M, 2H] of dh [M, H], each rounded once to the dtype of gate_up."""
+    g, u = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+    dh, s = dh.astype(jnp.float32), 1 / (1 + jnp.exp(-g))
+    return _rounded(jnp.concatenate([dh * u * (s * (1 + g * (1 - s))), dh * (g * s)], axis=1), gate_up.dtype)
+
+
+def _rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return (_round_to_bf16(x) if dtype == jnp.bfloat16 else x).astype(dtype)
+
+
 # ----------------------------------------------------------------------------------------------------- scales and casts
 
 

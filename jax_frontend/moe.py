@@ -16,6 +16,7 @@ except ImportError as error:
 
 from xmoe.config import GroupedMMConfig, as_config
 from xmoe.fqn import UNMATCHED, FqnToConfig, Name, dotted
+from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.ragged_dot import ragged_dot
 from xmoe.operands import FEATURE_MULTIPLE
 
@@ -60,7 +61,10 @@ class ExpertConfigs(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """E SwiGLU experts on tokens sorted by expert: ``w1``, ``w3`` [E, H, D] and ``w2`` [E, D, H]."""
+    """E SwiGLU experts on tokens sorted by expert: ``w1``, ``w3`` [E, H, D] and ``w2`` [E, D, H].
+
+    Weights of one config run as one op, `swiglu_experts`.
+    """
 
     def __init__(
         self,
@@ -79,6 +83,10 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """x [M, D] -> [M, D]; ``group_sizes`` int32 [E] tokens of each expert."""
+        configs = self.configs
+        if configs.w1 is not None and configs.w1 == configs.w2 == configs.w3:
+            w1, w2, w3 = (w[...].astype(x.dtype) for w in (self.w1, self.w2, self.w3))
+            return swiglu_experts(x, w1, w2, w3, group_sizes, config=configs.w1)
         hidden = _swiglu(self._dot(x, "w1", group_sizes), self._dot(x, "w3", group_sizes))
         return self._dot(hidden, "w2", group_sizes)
 

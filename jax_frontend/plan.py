@@ -42,6 +42,37 @@ class Plan:
         return (self.G, self.N, self.K) if self.transpose_rhs else (self.G, self.K, self.N)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsPlan:
+    """The static facts of one `swiglu_experts`: x [M, D], w1 and w3 [G, H, D], w2 [G, D, H]."""
+
+    M: int
+    D: int
+    H: int
+    G: int
+    x_dtype: str
+    w_dtype: str
+    out_dtype: str
+    config: GroupedMMConfig
+    engine: Engine
+    platform: str
+
+    @property
+    def of_output(self) -> Plan:
+        """The GEMM of h and w2."""
+        return self._gemm(self.D, self.H, self.out_dtype)
+
+    @property
+    def of_input(self) -> Plan:
+        """The GEMM of x and w1 or w3."""
+        return self._gemm(self.H, self.D, self.x_dtype)
+
+    def _gemm(self, N: int, K: int, out_dtype: str) -> Plan:
+        return Plan(
+            self.M, N, K, self.G, self.x_dtype, self.w_dtype, out_dtype, True, self.config, self.engine, self.platform
+        )
+
+
 def platform() -> str:
     """Of the device that a trace is for: "cpu", "gpu" or "tpu"; that is `jax.default_device`, as far as it is set."""
     config: Any = jax.config
@@ -96,6 +127,48 @@ def make_plan(
     return Plan(M, N, K, G, lhs_dtype, rhs_dtype, out_dtype, bool(transpose_rhs), config, engine, where)
 
 
+def make_experts_plan(
+    x: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    w3: jax.Array,
+    group_sizes: jax.Array,
+    config: Any,
+    implementation: str | None,
+) -> ExpertsPlan:
+    """Checks a call. Raises ValueError naming the argument, its value and the fix."""
+    config = as_config(config)
+    for name, array in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("group_sizes", group_sizes)):
+        if not hasattr(array, "shape"):
+            raise ValueError(f"{name} is a {type(array).__name__}; give an array, jnp.asarray({name})")
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}; give [M, D], with leading axes flattened by reshape(-1, D)")
+    if w1.ndim != 3 or w1.shape[0] == 0:
+        raise ValueError(f"w1 has shape {w1.shape}; give [G, H, D] with at least one expert")
+    G, H, D = w1.shape
+    if x.shape[1] != D:
+        raise ValueError(
+            f"x has D={x.shape[1]} columns (shape {x.shape}) and w1 D={D} (shape {w1.shape}); give equal D"
+        )
+    for name, w, shape in (("w3", w3, (G, H, D)), ("w2", w2, (G, D, H))):
+        if w.shape != shape:
+            raise ValueError(f"{name} has shape {w.shape}; give {shape}, to go with w1 {w1.shape}")
+        if w.dtype != w1.dtype:
+            raise ValueError(f"{name} is {w.dtype} and w1 {w1.dtype}; cast them to one dtype")
+    for name, size in (("D", D), ("H", H)):
+        if size == 0 or size % FEATURE_MULTIPLE:
+            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it with zeros")
+    if group_sizes.shape != (G,):
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}; give ({G},), one size for each expert")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is {group_sizes.dtype}; give group_sizes.astype(jnp.int32)")
+    x_dtype, w_dtype = dtype_name(x.dtype, "x.dtype", DTYPES), dtype_name(w1.dtype, "w1.dtype", DTYPES)
+    out_dtype = dtype_name(config.out_dtype or x_dtype, "config.out_dtype", DTYPES)
+    where = platform()
+    engine = _engine(config, implementation, where)
+    return ExpertsPlan(x.shape[0], D, H, G, x_dtype, w_dtype, out_dtype, config, engine, where)
+
+
 def _engine(config: GroupedMMConfig, implementation: str | None, where: str) -> Engine:
     preference = config.kernel_preference
     if implementation not in (None, "bridge", "jax"):
@@ -117,7 +190,7 @@ def _engine(config: GroupedMMConfig, implementation: str | None, where: str) -> 
 
     if obstacle := bridge.obstacle(where):
         if implementation is None and not named:
-            _warn_once(f"ragged_dot runs in plain JAX, far slower than xmoe's kernels: {obstacle}")
+            _warn_once(f"xmoe runs in plain JAX, far slower than xmoe's kernels: {obstacle}")
             return "jax"
         asked, other = f"kernel_preference={preference}", "kernel_preference=auto"
         if not named:

@@ -69,9 +69,9 @@ def ragged_dot(
         raise ValueError("out_sharding is not supported; use None, and call ragged_dot inside jax.shard_map")
     plan = make_plan(lhs, rhs, group_sizes, preferred_element_type, config, transpose_rhs, implementation)
     if plan.config.debug:
-        jax.debug.callback(functools.partial(_report_bad_sizes, plan.M), group_sizes)
+        jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
     offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    return _ragged_dot(plan, *_vary_together(lhs, rhs, offs))
+    return _ragged_dot(plan, *vary_together(lhs, rhs, offs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -89,7 +89,7 @@ def _ragged_dot_bwd(plan: Plan, residuals: Any, dout: Any) -> tuple[jax.Array | 
     saved, rhs, offs = residuals
     if isinstance(dout, SymbolicZero) or (saved is None and rhs is None):
         return None, None, None
-    return *_backward(plan, dout, saved, rhs, offs), None
+    return *backward(plan, dout, saved, rhs, offs), None
 
 
 _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)
@@ -104,7 +104,7 @@ def _forward(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, sav
     return emulation.forward(lhs, _as_gkn(plan, rhs), offs, plan.config, plan.out_dtype, save_tokens=save)
 
 
-def _backward(
+def backward(
     plan: Plan, dout: jax.Array, saved: Saved | None, rhs: jax.Array | None, offs: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """dlhs where ``rhs`` is given, drhs where ``saved`` is."""
@@ -123,7 +123,7 @@ def _as_gkn(plan: Plan, rhs: jax.Array) -> jax.Array:
     return rhs.swapaxes(1, 2) if plan.transpose_rhs else rhs
 
 
-def _vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Inside `shard_map` with ``check_vma``: all of them vary over the axes that any of them varies over.
 
     The transpose of that cast is the sum over those axes which the gradient of a replicated operand needs.
@@ -133,7 +133,7 @@ def _vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
 
 
-def _report_bad_sizes(M: int, group_sizes: Any) -> None:
+def report_bad_sizes(M: int, group_sizes: Any) -> None:
     """``config.debug``: says so, and does not raise, because an exception on one shard hangs the others."""
     sizes = np.asarray(group_sizes).tolist()
     if min(sizes) < 0 or sum(sizes) > M:

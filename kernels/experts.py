@@ -15,7 +15,7 @@ A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `dgra
 frontend can let go of memory in between.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -25,7 +25,7 @@ from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, Implementation, select
 from xmoe.kernels.specs import HAS_TRITON, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
-from xmoe.operands import SCALE_BLOCKS, TOKEN_TILE
+from xmoe.operands import TOKEN_TILE, whole_blocks
 
 if HAS_TRITON:
     from xmoe.kernels import swiglu
@@ -62,7 +62,7 @@ class Experts:
 
 def fuses(config: GroupedMMConfig, H: int) -> bool:
     """Whether the halves of a contraction over 2H are whole blocks of scales."""
-    return H % SCALE_BLOCKS.get(config.format, 1) == 0
+    return whole_blocks(config.format, H)
 
 
 def gives_amax(config: GroupedMMConfig, H: int) -> bool:
@@ -272,6 +272,42 @@ def _half(d: tuple[torch.Tensor, torch.Tensor | None], half: int, e: Experts, co
         return data[:, own], None
     assert scale is not None, "a wgrad operand in 8 bits has scales"
     return data[own], scale[:, own] if config.format == "fp8_rowwise" else scale[own]
+
+
+@lru_cache(maxsize=4096)
+def warm_up(experts: Experts, config: GroupedMMConfig, device: torch.device) -> None:
+    """`pipeline.warm_up` for all that a step of `experts` launches."""
+    e = experts
+    if device.type != "cuda":
+        return
+    view = pipeline.device_of(device.type, device.index)
+    if select(config, view).gemm == "emulated":
+        return
+    pipeline.warm_up(e.output_problem, config, device)
+    small = replace(e, M=16, G=1)
+    specs = forward_spec(e, config, view), dgrad_spec(e, config, view), wgrad_spec(e, config, view)
+    used = {name: spec for s in specs for name, spec in s.scratch.items() if _is_map(name)}
+    tiles = {int(name.removeprefix("tiles_")) for name in used if name.startswith("tiles_")}
+    maps = {name: spec for tile in tiles for name, spec in token_map(tile, small.input_problem).items()}
+
+    def tensors(spec: Spec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return pipeline.allocate(spec.outputs, device), pipeline.allocate(spec.scratch | maps, device)
+
+    x = torch.zeros(small.M, e.D, dtype=getattr(torch, e.x_dtype), device=device)
+    w1 = torch.zeros(1, e.H, e.D, dtype=getattr(torch, e.w_dtype), device=device)
+    w2, offs = w1.mT.contiguous(), torch.full((1,), small.M, dtype=torch.int32, device=device)
+    for save in (False, True):
+        outputs, scratch = tensors(forward_spec(small, config, view, save))
+        forward(e, config, view, x, w1, w2, w1, offs, outputs, scratch)
+    h = x.new_zeros(small.M, e.H)
+    swiglu_into(outputs["gate_up"], h)
+    grads, scratch = tensors(dgrad_spec(small, config, view))
+    dgrad(e, config, view, h, outputs["gate_up"], w1, w1, offs, grads, scratch)
+    saved = (x,) if saves_input(config) else (outputs["x_tokens"], outputs["x_tokens_scale"])
+    for amax in {None, grads.get("amax")}:
+        dw, scratch = tensors(wgrad_spec(small, config, view))
+        wgrad(e, config, view, outputs["gate_up"], amax, saved, offs, dw, scratch)
+    torch.cuda.synchronize(device)
 
 
 def swiglu_into(gate_up: torch.Tensor, h: torch.Tensor) -> None:

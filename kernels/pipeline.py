@@ -91,19 +91,21 @@ def backward(
         _emulated_backward(config, dOut, A_saved, B, offs, outputs)
         return
     with on_device(offs):
+        M, N = dOut.shape
+        if "dA" in outputs and "d_tokens" in scratch:  # the rows lie where the tokens will
+            scratch = {**scratch, "d": scratch["d_tokens"].flatten()[: M * N].view(M, N)}
         call = Call(problem, config, device, offs, scratch)
-        d = d_tokens = None
-        if "dA" in outputs and "d_tokens" in scratch:
-            d, d_tokens = call.rows_and_tokens("d", dOut, scratch)
+        amax, amax_is_known = scratch.get("d_tokens_amax"), False
         if "dA" in outputs:
-            call.grouped_mm(d or call.rows("d", dOut), B, outputs["dA"])
+            rows, amax_is_known = call.rows_and_amax("d", dOut, amax)
+            call.grouped_mm(rows, B, outputs["dA"])
         if "dB" not in outputs:
             return
         if saves_input(config):
             call.wgrad_hp(A_saved[0], dOut, outputs["dB"])
         else:
-            M, (a, a_scale) = dOut.shape[0], A_saved
-            d_tokens = d_tokens or call.tokens("d_tokens", dOut, scratch)
+            a, a_scale = A_saved
+            d_tokens = call.tokens("d_tokens", dOut, scratch, amax, amax_is_known)
             call.wgrad(call.saved_tokens((a, a_scale), M), d_tokens, M, outputs["dB"])
 
 

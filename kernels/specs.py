@@ -178,6 +178,8 @@ def backward_spec(
             spec.scratch.update(
                 _tokens("d_tokens", p.N, p, config, False) | _tokens_scratch("d_tokens", p.N, p, config)
             )
+        if "d_tokens" in spec.scratch:
+            spec.scratch.pop("d", None)  # dead when d_tokens are written, and no larger
     return spec
 
 

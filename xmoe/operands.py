@@ -20,6 +20,11 @@ SCALE_BLOCKS = {"fp8_blockwise": FP8_BLOCK, "mxfp8_rceil": MX_BLOCK, "mxfp8_floo
 """Elements of the contraction that share a scale, in the formats that have more than one scale a row."""
 
 
+def whole_blocks(format: str, C: int) -> bool:
+    """Whether C elements are whole blocks of the format, so that its blocks may begin anew after them."""
+    return C % SCALE_BLOCKS.get(format, 1) == 0
+
+
 def padded_tokens(M: int, G: int) -> int:
     """Columns of a wgrad operand: the most that M tokens in G groups need when each group is padded to TOKEN_TILE."""
     return (M + G * (TOKEN_TILE - 1)) // TOKEN_TILE * TOKEN_TILE

@@ -1,0 +1,145 @@
+"""`swiglu_experts`: the three grouped GEMMs of SwiGLU experts, and the SwiGLU between them, as one differentiable op.
+
+M tokens sorted by expert, D model width, H hidden width of an expert, G experts. What the stages do, and what they save
+beside three `ragged_dot`, is in ``kernels/experts.py``.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from xmoe.jax_frontend import bridge, emulation
+from xmoe.jax_frontend.plan import ExpertsPlan, make_experts_plan
+from xmoe.jax_frontend.ragged_dot import backward as gemm_backward
+from xmoe.jax_frontend.ragged_dot import ragged_dot, report_bad_sizes, vary_together
+from xmoe.operands import whole_blocks
+
+
+def swiglu_experts(
+    x: jax.Array,
+    w1: jax.Array,
+    w2: jax.Array,
+    w3: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    config: Any = None,
+    implementation: Literal["bridge", "jax"] | None = None,
+) -> jax.Array:
+    """[M, D]: w2 (silu(w1 x) * w3 x) of every row with the weights of its expert; quantized by ``config``.
+
+    The forward's GEMMs have the numbers of `ragged_dot`; the SwiGLU is computed in float32 and rounded once; the
+    gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not divide H (32 in
+    MX formats, 128 in ``fp8_blockwise``), and only there, it is three `ragged_dot`.
+
+    Args:
+        x: [M, D], bfloat16 or float32; the rows of expert g follow those of g-1, rows past the last come out as zeros.
+        w1, w3: [G, H, D], gate and up, bfloat16 or float32. D and H are multiples of 16.
+        w2: [G, D, H], down, in the dtype of w1 and w3.
+        group_sizes: [G], of any integer dtype.
+        config: a `GroupedMMConfig`, a recipe (enum or name), or None for the bfloat16 baseline.
+        implementation: as in `ragged_dot`.
+
+    Raises:
+        ValueError: at trace time, naming the argument, its value and the fix.
+        ImportError: torch, which the bridge needs, cannot be imported.
+    """
+    plan = make_experts_plan(x, w1, w2, w3, group_sizes, config, implementation)
+    if not whole_blocks(plan.config.format, plan.H):
+        dot = functools.partial(
+            ragged_dot, group_sizes=group_sizes, config=config, transpose_rhs=True, implementation=implementation
+        )
+        gate, up = dot(x, w1), dot(x, w3)
+        return dot(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up, w2)
+    if plan.config.debug:
+        jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
+    offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    return _swiglu_experts(plan, *vary_together(x, w1, w2, w3, offs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu_experts(
+    plan: ExpertsPlan, x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, offs: jax.Array
+) -> jax.Array:
+    return _forward(plan, x, w1, w2, w3, offs, save=False)[0]
+
+
+def _fwd(plan: ExpertsPlan, x: Any, w1: Any, w2: Any, w3: Any, offs: Any) -> tuple[jax.Array, Any]:
+    """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
+    needs = tuple(argument.perturbed for argument in (x, w1, w2, w3))
+    out, *saved = _forward(plan, x.value, w1.value, w2.value, w3.value, offs.value, save=True)
+    gate_up, tokens = saved[0], tuple(saved[1:])
+    x_saved, h_saved = tokens[:2], tokens[2:]
+    if not tokens:  # the config's wgrad takes x, and h, which the backward makes again
+        x_saved = (x.value,)
+    return out, (
+        gate_up, x_saved if needs[1] or needs[3] else None, h_saved if needs[2] else None,
+        w1.value, w2.value, w3.value, offs.value, () if needs[0] else None,
+    )  # fmt: skip
+
+
+def _bwd(plan: ExpertsPlan, residuals: Any, dout: Any) -> tuple[jax.Array | None, ...]:
+    gate_up, x_saved, h_saved, w1, w2, w3, offs, wants_dx = residuals
+    need_dx = wants_dx is not None
+    if isinstance(dout, SymbolicZero):
+        return None, None, None, None, None
+    if h_saved == ():
+        h_saved = (bridge.swiglu(gate_up, plan) if _has_kernels(plan) else emulation.swiglu(gate_up),)
+    need_dh = need_dx or x_saved is not None
+    dh, dw2 = gemm_backward(plan.of_output, dout, h_saved, w2 if need_dh else None, offs)
+    dx = dw1 = dw3 = None
+    if need_dh:
+        d_gate_up, dx, amax = _dgrad(plan, dh, gate_up, w1, w3, offs, need_dx)
+        if x_saved is not None:
+            dw1, dw3 = _wgrad(plan, d_gate_up, amax, x_saved, offs)
+    return dx, dw1, dw2, dw3, None
+
+
+_swiglu_experts.defvjp(_fwd, _bwd, symbolic_zeros=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the engines
+
+
+def _has_kernels(plan: ExpertsPlan) -> bool:
+    return plan.engine == "bridge" and bridge.has_kernels(plan.config, plan.platform)
+
+
+def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *, save: bool) -> tuple[jax.Array, ...]:
+    """out, and with ``save`` gate_up and the wgrad operands of x and h, where the config has them."""
+    if plan.engine == "bridge":
+        return bridge.experts_forward(plan, x, w1, w2, w3, offs, save=save)
+
+    def dot(a: jax.Array, w: jax.Array, out_dtype: str, save: bool) -> tuple[jax.Array, emulation.Saved]:
+        return emulation.forward(a, w.swapaxes(1, 2), offs, plan.config, out_dtype, save_tokens=save)
+
+    gate, x_saved = dot(x, w1, plan.x_dtype, save)
+    up, _ = dot(x, w3, plan.x_dtype, False)
+    gate_up = jnp.concatenate([gate, up], axis=1)
+    out, h_saved = dot(emulation.swiglu(gate_up), w2, plan.out_dtype, save)
+    if not save:
+        return (out,)
+    return out, gate_up, *(x_saved if len(x_saved) == 2 else ()), *(h_saved if len(h_saved) == 2 else ())
+
+
+def _dgrad(
+    plan: ExpertsPlan, dh, gate_up, w1, w3, offs, need_dx: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The gradients of gate_up and x, and what saves `_wgrad` a pass, if there is anything."""
+    if plan.engine == "bridge":
+        return bridge.experts_dgrad(plan, dh, gate_up, w1, w3, offs, need_dx)
+    d_gate_up = emulation.swiglu_gradient(dh, gate_up)
+    if not need_dx:
+        return d_gate_up, None, None
+    joint = jnp.concatenate([w1, w3], axis=1).swapaxes(1, 2)
+    return d_gate_up, emulation.dgrad(d_gate_up, joint, offs, plan.config, plan.x_dtype), None
+
+
+def _wgrad(plan: ExpertsPlan, d_gate_up, amax, x_saved: emulation.Saved, offs) -> tuple[jax.Array, ...]:
+    """The gradients of w1 and w3."""
+    if plan.engine == "bridge":
+        return bridge.experts_wgrad(plan, d_gate_up, amax, x_saved, offs)
+    halves = jnp.split(d_gate_up, 2, axis=1)
+    return tuple(emulation.wgrad(x_saved, d, offs, plan.config, plan.w_dtype).swapaxes(1, 2) for d in halves)

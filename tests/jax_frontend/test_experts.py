@@ -1,0 +1,124 @@
+"""SwiGLU experts as one op in JAX: against the `ragged_dot`s that they replace, on both engines."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xmoe import oracle
+from xmoe.jax_frontend import emulation, ragged_dot, swiglu_experts
+
+M, D, H, G = 100, 64, 128, 4
+NAMES = ("x", "w1", "w2", "w3")
+ENGINES = ("jax", "bridge")
+
+
+def problem(H: int = H, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, ...]:
+    """x, w1, w2, w3 and sizes: expert 1 has no rows, ten rows no expert."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((M, D), (G, H, D), (G, D, H), (G, H, D))
+    draws = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    x, w1, w2, w3 = (draw.astype(dtype) / (1 if draw.ndim == 2 else 8) for draw in draws)
+    return x, w1, w2, w3, jnp.array([30, 0, 40, 20])
+
+
+def separate(x: Any, w1: Any, w2: Any, w3: Any, sizes: Any, **options: Any) -> jax.Array:
+    dot = functools.partial(ragged_dot, group_sizes=sizes, transpose_rhs=True, **options)
+    gate, up = dot(x, w1), dot(x, w3)
+    return dot(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up, w2)
+
+
+def step(function: Any, x: Any, w1: Any, w2: Any, w3: Any, sizes: Any, **options: Any) -> list[np.ndarray]:
+    """The output and the four gradients."""
+
+    @jax.jit
+    def run(x: Any, w1: Any, w2: Any, w3: Any) -> Any:
+        out, vjp = jax.vjp(lambda *args: function(*args, sizes, **options), x, w1, w2, w3)
+        return out, *vjp(jnp.ones_like(out) / 8)
+
+    return [np.asarray(value, np.float32) for value in run(x, w1, w2, w3)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"])
+def test_beside_separate_gemms(recipe: str, engine: str) -> None:
+    args, options = problem(), {"config": recipe, "implementation": engine}
+    one, three = step(swiglu_experts, *args, **options), step(separate, *args, **options)
+    exact = step(separate, *(a.astype(jnp.float32) for a in args[:4]), args[4], config="bf16", implementation="jax")
+    for name, a, b, c in zip(("out", *NAMES), one, three, exact, strict=True):
+        assert a.shape == b.shape
+        assert oracle.sqnr(b, a) >= (40 if recipe == "bf16" else 25), name
+        assert recipe == "bf16" or oracle.sqnr(c, a) >= 18, name
+    assert not one[0][90:].any()
+    assert not one[1][90:].any()
+    assert not one[2][1].any()
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil_wgrad_with_hp"])
+def test_engines_agree(recipe: str) -> None:
+    """To the last bits of exp, which torch and XLA round apart."""
+    one, other = (step(swiglu_experts, *problem(), config=recipe, implementation=engine) for engine in ENGINES)
+    for a, b in zip(one, other, strict=True):
+        assert oracle.sqnr(a, b) >= 35
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_width_of_broken_blocks(engine: str) -> None:
+    args, options = problem(H=48), {"config": "mxfp8_rceil", "implementation": engine}
+    for one, three in zip(step(swiglu_experts, *args, **options), step(separate, *args, **options), strict=True):
+        np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp"])
+def test_some_gradients(recipe: str, engine: str) -> None:
+    *tensors, sizes = problem()
+    every = step(swiglu_experts, *tensors, sizes, config=recipe, implementation=engine)[1:]
+    for needed in ((0,), (1,), (2,), (3,), (1, 2, 3), (0, 2)):
+
+        def loss(*chosen: Any, needed: Any = needed) -> jax.Array:
+            args = list(tensors)
+            for index, value in zip(needed, chosen, strict=True):
+                args[index] = value
+            return swiglu_experts(*args, sizes, config=recipe, implementation=engine).astype(jnp.float32).sum() / 8
+
+        grads = jax.jit(jax.grad(loss, argnums=tuple(range(len(needed)))))(*(tensors[i] for i in needed))
+        for index, grad in zip(needed, grads, strict=True):
+            np.testing.assert_array_equal(np.asarray(grad, np.float32), every[index])
+
+
+def test_swiglu_and_its_gradient() -> None:
+    gates = np.concatenate([np.linspace(-100, 100, 2001), [-0.0, 1e-30, 3e4]]).reshape(4, 501)
+    ups, d = np.random.default_rng(0).standard_normal((2, 4, 501))
+    gate_up, dh = (x.astype(np.float32) for x in (np.concatenate([gates, ups], 1), d))
+    g, u, d = (x.astype(np.float64) for x in (*np.split(gate_up, 2, 1), dh))
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-g))
+    gradient = np.concatenate([d * u * s * (1 + g * (1 - s)), d * g * s], 1)
+    np.testing.assert_allclose(emulation.swiglu(gate_up), g * s * u, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(emulation.swiglu_gradient(dh, gate_up), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": lambda x: x[None]}, r"x has shape \(1, 100, 64\); give \[M, D\]"),
+        ({"x": lambda x: x[:, :48]}, r"x has D=48 .* and w1 D=64"),
+        ({"w1": lambda w: w[0]}, r"w1 has shape \(128, 64\); give \[G, H, D\]"),
+        ({"w2": lambda w: w.swapaxes(1, 2)}, r"w2 has shape \(4, 128, 64\); give \(4, 64, 128\)"),
+        ({"w3": lambda w: w.astype(jnp.float32)}, "w3 is float32 and w1 bfloat16; cast them"),
+        ({"w3": lambda w: None}, "w3 is a NoneType; give an array"),
+        ({"x": lambda x: x.astype(jnp.float16)}, "x.dtype"),
+        ({"group_sizes": lambda s: s[:3]}, r"group_sizes has shape \(3,\); give \(4,\)"),
+        ({"group_sizes": lambda s: s.astype(float)}, "group_sizes is float32; give"),
+        ({"w1": lambda w: w[:, :40], "w2": lambda w: w[..., :40], "w3": lambda w: w[:, :40]}, "H=40 is not a positive"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    args = dict(zip((*NAMES, "group_sizes"), problem(), strict=True))
+    args |= {name: f(args[name]) for name, f in change.items()}
+    with pytest.raises(ValueError, match=message):
+        swiglu_experts(**args, config="fp8_rowwise")
