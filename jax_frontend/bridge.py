@@ -209,7 +209,7 @@ def _experts_call(plan: ExpertsPlan, stage: str, flag: bool = True) -> _Call:
         spec = pipeline.Spec({"gate_up": gate_up, **spec.outputs}, spec.scratch)
 
         def dgrad(outputs: Any, scratch: Any, dh: Any, w1: Any, w3: Any, offs: Any) -> None:
-            experts.dgrad(e, config, device, dh, outputs["gate_up"], w1, w3, offs, outputs, scratch)
+            experts.dgrad(e, config, device, dh, outputs["gate_up"], (w1, w3), offs, outputs, scratch)
 
         return _Call(spec, dgrad, implementation, {4: 0})
     if stage == "wgrad":

@@ -4,13 +4,14 @@ M tokens, K contraction of the forward, N output features, G groups.
 """
 
 import contextlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 from xmoe.config import Accumulation, GroupedMMConfig
 from xmoe.kernels.dispatch import Device, Elements, select
-from xmoe.kernels.specs import HAS_TRITON, Problem, Tensors, Weights, gemm_tiles
+from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, gemm_tiles
 from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
@@ -18,7 +19,7 @@ if HAS_TRITON:
 
 
 @lru_cache
-def _programs(index: int) -> int:
+def programs(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -39,7 +40,7 @@ class Call:
         self.implementation = select(config, device)
         self.offs, self.scratch = offs, scratch
         self.precise = config.accumulation is Accumulation.PRECISE
-        self.programs = _programs(offs.device.index)
+        self.programs = programs(offs.device.index)
         self.mapped: set[int] = set()
 
     def map(self, M: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,18 +63,15 @@ class Call:
         return data, scale
 
     def weights(self, b: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """b [G, P, C], contraction C; several are side by side along it."""
+        if isinstance(b, Prepared):
+            return b
         parts = [b] if isinstance(b, torch.Tensor) else b
         (G, P, _), C = parts[0].shape, sum(part.shape[2] for part in parts)
         if self.config.format == "bf16":
             if len(parts) > 1:
                 return torch.cat([part.mT for part in parts], 1, out=self.scratch["b"].view(G, C, P)).mT, None
             return (parts[0] if parts[0].dtype == torch.bfloat16 else self.scratch["b"].copy_(parts[0])), None
-        data, scale = self.scratch["b"], self.scratch.get("b_scale")
-        if scale is None and parts[0].stride(2) != 1:  # bf16 in the layout of b
-            data = data.view(G, C, P).mT
-        quantize.quantize_weights(parts, self.config.format, data, scale, self.scratch.get("b_amax"), self.programs)
-        return data, scale
+        return quantize_weights(parts, self.config, self.scratch, self.programs)
 
     def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.bfloat16 else self.scratch[name].copy_(x)
@@ -115,7 +113,7 @@ class Call:
         return rows, quantize.quantize_rows(x, self.config.format, *rows, self.programs, columns, gated=self.gated)
 
     def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: Weights, out: torch.Tensor) -> None:
-        """out[M, P] = a[M, C] @ b[G, P, C]^T, b as in `weights`."""
+        """out[M, P] = a[M, C] @ b[G, P, C]^T."""
         tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
         a_data, a_scale = a
         b_data, b_scale = self.weights(b)
@@ -163,6 +161,17 @@ class Call:
     ) -> None:
         """dB from the wgrad operands of A and dOut."""
         self.grouped_mm_tokens(*a, *d, self.map(M, TOKEN_TILE)[1], dB)
+
+
+def quantize_weights(
+    parts: Sequence[torch.Tensor], config: GroupedMMConfig, scratch: Tensors, programs: int
+) -> Prepared:
+    """Weights [G, P, C] along C, those of several parts side by side, into the tensors of `weights_spec`."""
+    data, scale = scratch["b"], scratch.get("b_scale")
+    if scale is None and parts[0].stride(2) != 1:  # bf16 in the layout of the weights
+        data = data.view(data.shape[0], data.shape[2], data.shape[1]).mT
+    quantize.quantize_weights(parts, config.format, data, scale, scratch.get("b_amax"), programs)
+    return Prepared(data, scale)
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

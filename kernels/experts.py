@@ -15,6 +15,7 @@ A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `dgra
 frontend can let go of memory in between.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -24,7 +25,7 @@ from xmoe.config import GroupedMMConfig
 from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, Implementation, select
-from xmoe.kernels.specs import HAS_TRITON, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
+from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
 from xmoe.operands import TOKEN_TILE, whole_blocks
 
 if HAS_TRITON:
@@ -96,8 +97,10 @@ def forward_outputs(e: Experts, config: GroupedMMConfig, impl: Implementation, s
 
 
 @lru_cache(maxsize=4096)
-def forward_spec(experts: Experts, config: GroupedMMConfig, device: Device, save: bool = True) -> Spec:
-    """Outputs: `forward_outputs`."""
+def forward_spec(
+    experts: Experts, config: GroupedMMConfig, device: Device, save: bool = True, prepared: bool = False
+) -> Spec:
+    """Outputs: `forward_outputs`. `prepared`: the weights come so."""
     e, impl = experts, select(config, device)
     spec = Spec(forward_outputs(e, config, impl, save))
     if not save:
@@ -107,14 +110,14 @@ def forward_spec(experts: Experts, config: GroupedMMConfig, device: Device, save
     if config.format == "bf16":
         spec.scratch["hidden"] = TensorSpec((e.M, e.H), e.x_dtype)
     for part, problem in (("in", e.input_problem), ("out", e.output_problem)):
-        for name, tensor in pipeline.forward_spec(problem, config, device, save).scratch.items():
+        for name, tensor in pipeline.forward_spec(problem, config, device, save, prepared).scratch.items():
             spec.scratch[name if _is_map(name) else f"{part}.{name}"] = tensor
     spec.scratch.pop("out.b", None)  # as many bytes as in.b
     return spec
 
 
 @lru_cache(maxsize=4096)
-def dgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spec:
+def dgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device, prepared: bool = False) -> Spec:
     """Outputs: ``dx`` [M, D] in x_dtype and, where it costs nothing, ``amax`` int32 [G, 2H], for `wgrad`.
 
     Scratch ``d``, the rows of the gradient of gate_up, may lie where dh does, if it fits.
@@ -123,7 +126,7 @@ def dgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spe
     spec = Spec({"dx": TensorSpec((e.M, e.D), e.x_dtype)})
     if impl.gemm == "emulated":
         return spec
-    spec.scratch.update(pipeline.backward_spec(e.joint_problem, config, device, True, False).scratch)
+    spec.scratch.update(pipeline.backward_spec(e.joint_problem, config, device, True, False, prepared).scratch)
     if config.format == "bf16":
         spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
     if gives_amax(config, e.H):
@@ -149,9 +152,9 @@ def forward(
     config: GroupedMMConfig,
     device: Device,
     x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    w3: torch.Tensor,
+    w1: torch.Tensor | Prepared,
+    w2: torch.Tensor | Prepared,
+    w3: torch.Tensor | Prepared,
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
@@ -160,7 +163,7 @@ def forward(
 
     Args:
         x: bf16 or fp32 [M, D], contiguous.
-        w1, w2, w3: bf16 or fp32, [G, H, D], [G, D, H], [G, H, D], contiguous.
+        w1, w2, w3: bf16 or fp32, [G, H, D], [G, D, H], [G, H, D], contiguous; or all prepared (`prepare_weights`).
         offs: int32 [G], cumulative group ends; any values (docs/design.md).
         outputs, scratch: by the names of `forward_spec`, contiguous.
     """
@@ -176,7 +179,7 @@ def forward(
             inner.grouped_mm(rows, w, half)
         of_h = _part(scratch, "out")
         if "in.b" in scratch:
-            of_h["b"] = scratch["in.b"].view(w2.shape)
+            of_h["b"] = scratch["in.b"].view(e.G, e.D, e.H)
         outer = Call(e.output_problem, config, device, offs, of_h, gated=True)
         outer.mapped = inner.mapped
         if config.format == "bf16":
@@ -201,14 +204,16 @@ def dgrad(
     device: Device,
     dh: torch.Tensor,
     gate_up: torch.Tensor,
-    w1: torch.Tensor,
-    w3: torch.Tensor,
+    w13: Sequence[torch.Tensor] | Prepared,
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
 ) -> None:
     """Put the gradient of gate_up [M, 2H] in its place, given that of h, dh [M, H]; then write the outputs of
-    `dgrad_spec`, if there are any (``outputs`` may be empty)."""
+    `dgrad_spec`, if there are any (``outputs`` may be empty).
+
+    `w13`: (w1, w3), or both prepared side by side (`prepare_weights`).
+    """
     e, emulated = experts, select(config, device).gemm == "emulated"
     if emulated:
         gate_up.copy_(emulation.swiglu_gradient(dh, gate_up))
@@ -218,14 +223,14 @@ def dgrad(
     if "dx" not in outputs:
         return
     if emulated:
-        joint = torch.cat([w1, w3], 1)
+        joint = w13 if isinstance(w13, Prepared) else torch.cat(list(w13), 1).mT
         grads = {"dA": outputs["dx"]}
-        pipeline.backward(e.joint_problem, config, device, gate_up, (), joint.mT, offs, grads, {})
+        pipeline.backward(e.joint_problem, config, device, gate_up, (), joint, offs, grads, {})
         return
     with on_device(offs):
         call = Call(e.joint_problem, config, device, offs, scratch)
         rows = call.rows_and_amax("d", gate_up, outputs["amax"])[0] if "amax" in outputs else call.rows("d", gate_up)
-        call.grouped_mm(rows, [w1.mT, w3.mT], outputs["dx"])
+        call.grouped_mm(rows, w13 if isinstance(w13, Prepared) else [w.mT for w in w13], outputs["dx"])
 
 
 def wgrad(
@@ -262,6 +267,25 @@ def wgrad(
         a = call.saved_tokens((x, x_scale), e.M)
         for half, grad in enumerate(grads):
             call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), e.M, grad)
+
+
+def prepare_weights(
+    experts: Experts,
+    config: GroupedMMConfig,
+    device: Device,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor,
+) -> tuple[Prepared, Prepared, Prepared, Prepared, Prepared]:
+    """For any number of steps: w1, w2, w3 of `forward`, w2 of its `pipeline.backward`, w13 of `dgrad`. Not for bf16."""
+    of_in, of_out, joint = experts.input_problem, experts.output_problem, experts.joint_problem
+    return (
+        pipeline.prepare_weights(of_in, config, device, w1),
+        pipeline.prepare_weights(of_out, config, device, w2),
+        pipeline.prepare_weights(of_in, config, device, w3),
+        pipeline.prepare_weights(of_out, config, device, w2.mT),
+        pipeline.prepare_weights(joint, config, device, [w1.mT, w3.mT]),
+    )
 
 
 def _half(d: tuple[torch.Tensor, torch.Tensor | None], half: int, e: Experts, config: GroupedMMConfig, straight: bool):
@@ -302,7 +326,7 @@ def warm_up(experts: Experts, config: GroupedMMConfig, device: torch.device) -> 
     h = x.new_zeros(small.M, e.H)
     swiglu_into(outputs["gate_up"], h)
     grads, scratch = tensors(dgrad_spec(small, config, view))
-    dgrad(e, config, view, h, outputs["gate_up"], w1, w1, offs, grads, scratch)
+    dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, grads, scratch)
     saved = (x,) if saves_input(config) else (outputs["x_tokens"], outputs["x_tokens_scale"])
     for amax in {None, grads.get("amax")}:
         dw, scratch = tensors(wgrad_spec(small, config, view))
@@ -317,13 +341,13 @@ def swiglu_into(gate_up: torch.Tensor, h: torch.Tensor) -> None:
 
 
 def _emulated_forward(config: GroupedMMConfig, x, w1, w2, w3, offs, gate_up, outputs: Tensors) -> None:
-    def multiply(a: torch.Tensor, w: torch.Tensor, name: str, out: torch.Tensor) -> None:
+    def multiply(a: torch.Tensor, w: torch.Tensor | Prepared, name: str, out: torch.Tensor) -> None:
         tensors = {"out": out}
         if f"{name}_tokens" in outputs:
             tensors |= {"a_tokens": outputs[f"{name}_tokens"], "a_tokens_scale": outputs[f"{name}_tokens_scale"]}
-        pipeline.emulated_forward(config, a, w.mT, offs, tensors)
+        pipeline.emulated_forward(config, a, w if isinstance(w, Prepared) else w.mT, offs, tensors)
 
-    gates, ups = gate_up.split(w1.shape[1], 1)
+    gates, ups = gate_up.split(gate_up.shape[1] // 2, 1)
     multiply(x, w1, "x", gates)
     multiply(x, w3, "", ups)
     multiply(emulation.swiglu(gate_up), w2, "h", outputs["out"])

@@ -14,14 +14,16 @@ import torch
 
 from xmoe.config import GroupedMMConfig
 from xmoe.kernels import emulation
-from xmoe.kernels.call import Call, on_device
+from xmoe.kernels.call import Call, on_device, programs, quantize_weights
 from xmoe.kernels.dispatch import Device, select
 from xmoe.kernels.specs import (
     HAS_TRITON,
+    Prepared,
     Problem,
     Spec,
     Tensors,
     TensorSpec,
+    Weights,
     allocate,
     backward_spec,
     device_of,
@@ -29,6 +31,7 @@ from xmoe.kernels.specs import (
     forward_spec,
     saves_input,
     token_map,
+    weights_spec,
 )
 from xmoe.operands import QuantizedOperand
 
@@ -46,7 +49,7 @@ def forward(
     config: GroupedMMConfig,
     device: Device,
     A: torch.Tensor,
-    B: torch.Tensor,
+    B: torch.Tensor | Prepared,
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
@@ -55,7 +58,7 @@ def forward(
 
     Args:
         A: bf16 or fp32 [M, K].
-        B: bf16 or fp32 [G, K, N], any strides that leave K or N contiguous.
+        B: bf16 or fp32 [G, K, N], any strides that leave K or N contiguous; or `prepare_weights` of it along K.
         offs: int32 [G], cumulative group ends; any values (docs/design.md).
         outputs, scratch: by the names of `forward_spec`, contiguous; ``a_tokens`` is written where it is given.
     """
@@ -65,7 +68,7 @@ def forward(
     with on_device(offs):
         call = Call(problem, config, device, offs, scratch)
         a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
-        call.grouped_mm(a, B.mT, outputs["out"])
+        call.grouped_mm(a, B if isinstance(B, Prepared) else B.mT, outputs["out"])
 
 
 def backward(
@@ -74,7 +77,7 @@ def backward(
     device: Device,
     dOut: torch.Tensor,
     A_saved: tuple[torch.Tensor, ...],
-    B: torch.Tensor,
+    B: torch.Tensor | Prepared,
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
@@ -84,7 +87,8 @@ def backward(
     Args:
         dOut: bf16 or fp32 [M, N].
         A_saved: (A,) if `saves_input(config)`, else (a_tokens, a_tokens_scale); unused, and may be (), without ``dB``.
-        B, offs: as in `forward`.
+        B: as in `forward`; prepared along N.
+        offs: as in `forward`.
         outputs: ``dA`` contiguous; ``dB`` [G, K, N] contiguous, or the transposed view of a contiguous [G, N, K].
     """
     if select(config, device).gemm == "emulated":
@@ -115,7 +119,7 @@ def emulated_forward(config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs:
         emulation.grouped_mm_bf16(A, B, offs, out=out)
         return
     a = emulation.quantize_rows(A, config.format, axis="K")
-    emulation.grouped_mm(a, emulation.quantize_weights(B, "K", config.format), offs, out=out)
+    emulation.grouped_mm(a, _emulated_weights(B, "K", config.format), offs, out=out)
     if "a_tokens" in outputs:
         tokens = emulation.quantize_tokens(A, offs, config.format)
         _copy_bytes(outputs["a_tokens"], tokens.data)
@@ -129,7 +133,7 @@ def _emulated_backward(config: GroupedMMConfig, dOut, A_saved, B, offs: torch.Te
             emulation.grouped_mm_bf16(dOut, B.mT, offs, out=outputs["dA"])
         else:
             d = emulation.quantize_rows(dOut, fmt, axis="N")
-            emulation.grouped_mm(d, emulation.quantize_weights(B, "N", fmt), offs, out=outputs["dA"])
+            emulation.grouped_mm(d, _emulated_weights(B, "N", fmt), offs, out=outputs["dA"])
     if "dB" in outputs:
         if saves_input(config):
             emulation.grouped_mm_tokens_bf16(A_saved[0], dOut, offs, out=outputs["dB"])
@@ -137,6 +141,30 @@ def _emulated_backward(config: GroupedMMConfig, dOut, A_saved, B, offs: torch.Te
             data, scale = A_saved
             a = QuantizedOperand(data, scale, "tokens", fmt)
             emulation.grouped_mm_tokens(a, emulation.quantize_tokens(dOut, offs, fmt), ends, out=outputs["dB"])
+
+
+def _emulated_weights(B: torch.Tensor | Prepared, axis: str, format: str) -> emulation.Operand:
+    if not isinstance(B, Prepared):
+        return emulation.quantize_weights(B, axis, format)
+    assert B.scale is not None, "an emulated operand has scales"
+    return QuantizedOperand(B.data, B.scale, axis, format)
+
+
+def prepare_weights(problem: Problem, config: GroupedMMConfig, device: Device, b: Weights) -> Prepared:
+    """Quantize b [G, P, C] (or several, side by side) along C into new memory, for any number of calls.
+
+    Not for the bf16 format, which multiplies weights as they are. Of `problem` only the dtypes matter.
+    """
+    if isinstance(b, Prepared):
+        return b
+    impl, parts = select(config, device), [b] if isinstance(b, torch.Tensor) else b
+    (G, P, _), C = parts[0].shape, sum(part.shape[2] for part in parts)
+    if impl.gemm == "emulated":
+        operand = emulation.quantize_weights(torch.cat(list(parts), 2), "N", config.format)
+        return Prepared(operand.data, operand.scale)
+    tensors = allocate(weights_spec(P, C, replace(problem, G=G), config, impl), parts[0].device)
+    with on_device(parts[0]):
+        return quantize_weights(parts, config, tensors, programs(parts[0].device.index))
 
 
 def _copy_bytes(out: torch.Tensor, x: torch.Tensor) -> None:

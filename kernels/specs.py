@@ -6,6 +6,7 @@ M tokens, K contraction of the forward, N output features, G groups, Mp padded t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +24,17 @@ except ImportError:
     HAS_TRITON = False
 
 Tensors = Mapping[str, torch.Tensor]
-Weights = torch.Tensor | Sequence[torch.Tensor]
+
+
+class Prepared(NamedTuple):
+    """Weights [G, P, C] quantized along C beforehand: ``data`` is bf16, without a scale, where bf16 is multiplied."""
+
+    data: torch.Tensor
+    scale: torch.Tensor | None
+
+
+Weights = torch.Tensor | Sequence[torch.Tensor] | Prepared
+"""[G, P, C], contraction C; several are side by side along it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,10 @@ def _operand(name: str, lead: tuple[int, ...], C: int, format: str, elements: El
     return {name: TensorSpec((*lead, C), "float8_e4m3fn"), f"{name}_scale": scale}
 
 
-def _weights(out: int, contraction: int, p: Problem, config: GroupedMMConfig, impl: Implementation):
+def weights_spec(
+    out: int, contraction: int, p: Problem, config: GroupedMMConfig, impl: Implementation
+) -> dict[str, TensorSpec]:
+    """The operand of weights [G, out, contraction], and what making it takes."""
     if config.format == "bf16":
         return {} if p.b_dtype == "bfloat16" else {"b": TensorSpec((p.G, out, contraction), "bfloat16")}
     specs = _operand("b", (p.G, out), contraction, config.format, impl.elements)
@@ -135,22 +149,31 @@ def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, s
 
 
 @lru_cache(maxsize=4096)
-def forward_spec(problem: Problem, config: GroupedMMConfig, device: Device, save_tokens: bool = True) -> Spec:
-    """Outputs: `forward_outputs`."""
+def forward_spec(
+    problem: Problem, config: GroupedMMConfig, device: Device, save_tokens: bool = True, prepared: bool = False
+) -> Spec:
+    """Outputs: `forward_outputs`. `prepared`: the weights come so."""
     p, impl = problem, select(config, device)
     spec = Spec(forward_outputs(p, config, impl, save_tokens))
     if impl.gemm == "emulated":
         return spec
     if "a_tokens" in spec.outputs:
         spec.scratch.update(_tokens_scratch("a_tokens", p.K, p, config) | token_map(TOKEN_TILE, p))
-    spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl) | _weights(p.N, p.K, p, config, impl))
+    spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl))
+    if not prepared:
+        spec.scratch.update(weights_spec(p.N, p.K, p, config, impl))
     spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
     return spec
 
 
 @lru_cache(maxsize=4096)
 def backward_spec(
-    problem: Problem, config: GroupedMMConfig, device: Device, need_dA: bool = True, need_dB: bool = True
+    problem: Problem,
+    config: GroupedMMConfig,
+    device: Device,
+    need_dA: bool = True,
+    need_dB: bool = True,
+    prepared: bool = False,
 ) -> Spec:
     """Outputs: ``dA`` [M, K] and ``dB`` [G, K, N], those needed, in the dtypes of A and B. The gradient of the output
     comes in `problem.out_dtype`."""
@@ -163,7 +186,9 @@ def backward_spec(
     if impl.gemm == "emulated":
         return spec
     if need_dA:
-        spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl) | _weights(p.K, p.N, p, config, impl))
+        spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl))
+        if not prepared:
+            spec.scratch.update(weights_spec(p.K, p.N, p, config, impl))
         spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.a_dtype).rows, p))
     if need_dB:
         spec.scratch.update(token_map(TOKEN_TILE, p))

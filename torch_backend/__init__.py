@@ -12,12 +12,14 @@ from xmoe.torch_backend.moe import MoE
 from xmoe.torch_backend.quantize import quantize_
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
 from xmoe.torch_backend.utils import generate_jagged_offs
+from xmoe.torch_backend.weight_cache import cache_weights
 
 __all__ = [
     "MoE",
     "ScaledGroupedMMTensor",
     "_to_fp8_rowwise_then_scaled_grouped_mm",
     "_to_mxfp8_then_scaled_grouped_mm",
+    "cache_weights",
     "generate_jagged_offs",
     "quantize_",
     "scaled_grouped_mm",

@@ -28,7 +28,10 @@ from xmoe.torch_backend.ops import (
     backward_op,
     check_offsets,
     fake_implementation,
+    pack,
+    unpack,
 )
+from xmoe.torch_backend.weight_cache import cached
 
 
 def swiglu_experts(
@@ -66,7 +69,25 @@ def swiglu_experts_by_key(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: T
         h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
         return grouped_mm_by_key(h, w2.mT, offs, config_key)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3))
-    return torch.ops.xmoe.swiglu_experts_forward.default(x, w1, w2, w3, offs, config_key, save)[0]
+    prepared = cached(lambda: _prepare(x, w1, w2, w3, offs, config_key), (config_key, x.dtype), w1, w2, w3) or ()
+    return torch.ops.xmoe.swiglu_experts_forward.default(x, w1, w2, w3, offs, config_key, save, *prepared)[0]
+
+
+def _prepare(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights quantized for the forward and for the backward; nothing in the bf16 format."""
+    config = config_from_key(config_key)
+    if config.format == "bf16":
+        return [], []
+    _check(x, w1, w2, w3, offs)
+    G, H, D = w1.shape
+    e = experts.Experts(0, D, H, G, DTYPES[x.dtype], DTYPES[w1.dtype])
+    view = pipeline.device_of(x.device.type, x.device.index)
+    weights = (aligned(w.contiguous()) for w in (w1, w2, w3))
+    packed = [pack(operand) for operand in experts.prepare_weights(e, config, view, *weights)]
+    of_forward, of_backward = ([tensor for pair in half for tensor in pair] for half in (packed[:3], packed[3:]))
+    return of_forward, of_backward
 
 
 @torch.compiler.assume_constant_result
@@ -115,28 +136,30 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> None:
 @lru_cache(maxsize=4096)
 def _plan(
     stage: str, M: int, w1_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, device: torch.device,
-    key: str, save: bool = True,
+    key: str, save: bool = True, prepared: bool = False,
 ) -> _Plan:  # fmt: skip
     config, (G, H, D) = config_from_key(key), w1_shape
     e = experts.Experts(M, D, H, G, DTYPES[x_dtype], DTYPES[w_dtype], config.out_dtype or DTYPES[x_dtype])
     view = pipeline.device_of(device.type, device.index)
     if stage == "forward":
-        spec = experts.forward_spec(e, config, view, save)
+        spec = experts.forward_spec(e, config, view, save, prepared)
+    elif stage == "dgrad":
+        spec = experts.dgrad_spec(e, config, view, prepared)
     else:
-        spec = (experts.dgrad_spec if stage == "dgrad" else experts.wgrad_spec)(e, config, view)
+        spec = experts.wgrad_spec(e, config, view)
     return _Plan(e, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
 
 
 # ----------------------------------------------------------------------------------------------------------------- ops
 
 LIBRARY.define(
-    "swiglu_experts_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor offs, str config_key, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "swiglu_experts_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor offs, str config_key, bool save, "
+    "Tensor[]? prepared=None, Tensor[]? prepared_dgrad=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "swiglu_experts_dgrad(Tensor(a!) dh, Tensor(b!) gate_up, Tensor w1, Tensor w3, Tensor offs, str config_key, "
-    "bool need_dx) -> (Tensor, Tensor)",
+    "bool need_dx, Tensor[]? prepared=None) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
@@ -152,22 +175,43 @@ _SAVED = ("gate_up", "x_tokens", "x_tokens_scale", "h_tokens", "h_tokens_scale")
 @torch.library.impl(LIBRARY, "swiglu_experts_forward", "CompositeExplicitAutograd")
 @torch._disable_dynamo
 def swiglu_experts_forward(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    offs: Tensor,
+    config_key: str,
+    save: bool,
+    prepared: Sequence[Tensor] | None = None,
+    prepared_dgrad: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """``(out [M, D], gate_up [M, 2H], x_tokens, x_tokens_scale, h_tokens, h_tokens_scale)``
-    (``experts.forward_outputs``); empty [0] those that `save` or the config does not ask for."""
+    (``experts.forward_outputs``); empty [0] those that `save` or the config does not ask for.
+
+    ``prepared`` are w1, w2 and w3 quantized for the forward, ``prepared_dgrad`` w2 and w1 with w3 for the backward
+    (``experts.prepare_weights``, each by ``ops.pack``), or nothing. The second is for autograd.
+    """
     _check(x, w1, w2, w3, offs)
-    plan = _plan("forward", x.shape[0], w1.shape, x.dtype, w1.dtype, x.device, config_key, save)
+    plan = _plan("forward", x.shape[0], w1.shape, x.dtype, w1.dtype, x.device, config_key, save, bool(prepared))
     if plan.config.debug:
         check_offsets(offs, x.shape[0])
     outputs, scratch = allocate(plan.outputs, x.device), allocate(plan.scratch, x.device)
-    x, w1, w2, w3 = (aligned(tensor.contiguous()) for tensor in (x, w1, w2, w3))
-    experts.forward(plan.experts, plan.config, plan.view, x, w1, w2, w3, offs.contiguous(), outputs, scratch)
+    x = aligned(x.contiguous())
+    b1, b2, b3 = _unpack(prepared, 3) if prepared else (aligned(w.contiguous()) for w in (w1, w2, w3))
+    experts.forward(plan.experts, plan.config, plan.view, x, b1, b2, b3, offs.contiguous(), outputs, scratch)
     return outputs["out"], *(outputs[name] if name in outputs else x.new_empty(0) for name in _SAVED)
 
 
+def _unpack(tensors: Sequence[Tensor], operands: int) -> list[Any]:
+    """So many operands of `pack`, one after the other."""
+    each = len(tensors) // operands
+    return [unpack(tensors[each * index : each * (index + 1)]) for index in range(operands)]
+
+
 @torch.library.register_fake("xmoe::swiglu_experts_forward", lib=LIBRARY)
-def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool, *prepared: Any
+) -> tuple[Tensor, ...]:
     _check(x, w1, w2, w3, offs)
     config, (G, H, D) = config_from_key(config_key), w1.shape
     e = experts.Experts(x.shape[0], D, H, G, DTYPES[x.dtype], DTYPES[w1.dtype], config.out_dtype or DTYPES[x.dtype])
@@ -179,19 +223,27 @@ def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: s
 @torch.library.impl(LIBRARY, "swiglu_experts_dgrad", "CompositeExplicitAutograd")
 @torch._disable_dynamo
 def swiglu_experts_dgrad(
-    dh: Tensor, gate_up: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, need_dx: bool
+    dh: Tensor,
+    gate_up: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    offs: Tensor,
+    config_key: str,
+    need_dx: bool,
+    prepared: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(dx [M, D], amax)``, empty [0] without `need_dx`. gate_up [M, 2H] becomes its gradient, dh [M, H] scratch."""
-    plan = _plan("dgrad", dh.shape[0], w1.shape, dh.dtype, w1.dtype, dh.device, config_key)
+    prepared_too = bool(prepared)
+    plan = _plan("dgrad", dh.shape[0], w1.shape, dh.dtype, w1.dtype, dh.device, config_key, prepared=prepared_too)
     if not need_dx:
-        experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w1, w3, offs, {}, {})
+        experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, (w1, w3), offs, {}, {})
         return dh.new_empty(0), dh.new_empty(0)
     outputs = allocate(plan.outputs, dh.device)
     scratch = {name: _inside(dh, shape, dtype) if name == "d" else None for name, shape, dtype in plan.scratch}
     rest = tuple(spec for spec in plan.scratch if scratch[spec[0]] is None)
     tensors = {**scratch, **allocate(rest, dh.device)}
-    w1, w3 = (aligned(w.contiguous()) for w in (w1, w3))
-    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w1, w3, offs.contiguous(), outputs, tensors)
+    w13 = unpack(prepared) if prepared else [aligned(w.contiguous()) for w in (w1, w3)]
+    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w13, offs.contiguous(), outputs, tensors)
     return outputs["dx"], outputs["amax"] if "amax" in outputs else dh.new_empty(0)
 
 
@@ -208,7 +260,7 @@ def _inside(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
 
 @torch.library.register_fake("xmoe::swiglu_experts_dgrad", lib=LIBRARY)
 def _(
-    dh: Tensor, gate_up: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, need_dx: bool
+    dh: Tensor, gate_up: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, need_dx: bool, *prepared: Any
 ) -> tuple[Tensor, Tensor]:
     if not need_dx:
         return dh.new_empty(0), dh.new_empty(0)
@@ -271,25 +323,39 @@ _wgrad_op = torch.ops.xmoe.swiglu_experts_wgrad.default
 
 class _SwigluExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        w3: Tensor,
+        offs: Tensor,
+        config_key: str,
+        prepared: Sequence[Tensor] | None,
+        prepared_dgrad: Sequence[Tensor] | None,
+    ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out, gate_up, *tokens = _forward_op(x, w1, w2, w3, offs, config_key, True)
+            out, gate_up, *tokens = _forward_op(x, w1, w2, w3, offs, config_key, True, prepared)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(gate_up, *tokens)
         ctx.config_key, ctx.takes_input = config_key, pipeline.saves_input(config_from_key(config_key))
         need_x, need_h = ctx.needs_input_grad[1] or ctx.needs_input_grad[3], ctx.needs_input_grad[2]
         x_saved, h_saved = ((x,) if ctx.takes_input else tokens[:2]), (() if ctx.takes_input else tokens[2:])
-        ctx.counts = len(x_saved) * need_x, len(h_saved) * need_h
-        ctx.save_for_backward(gate_up, w1, w2, w3, offs, *(x_saved if need_x else ()), *(h_saved if need_h else ()))
+        of_dgrad = prepared_dgrad or ()
+        ctx.counts = len(of_dgrad), len(x_saved) * need_x
+        activations = (*(x_saved if need_x else ()), *(h_saved if need_h else ()))
+        ctx.save_for_backward(gate_up, w1, w2, w3, offs, *of_dgrad, *activations)
         return out, gate_up, *tokens
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, (need_dx, need_dw1, need_dw2, need_dw3) = gradients[0], ctx.needs_input_grad[:4]
         if dout is None or not any(ctx.needs_input_grad):
-            return None, None, None, None, None, None
+            return (None,) * 8
         gate_up, w1, w2, w3, offs, *saved = ctx.saved_tensors
-        x_saved, h_saved = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
+        prepared, saved = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
+        x_saved, h_saved = saved[: ctx.counts[1]], saved[ctx.counts[1] :]
+        of_w2, of_w13 = prepared[: len(prepared) // 2], prepared[len(prepared) // 2 :]
         # The gradient of gate_up takes its place: the largest tensor here, and free after this, unless the graph stays.
         if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             gate_up = gate_up.clone()
@@ -300,23 +366,33 @@ class _SwigluExperts(torch.autograd.Function):
         if ctx.takes_input and need_dw2:
             h_saved = [torch.ops.xmoe.swiglu.default(gate_up)]
         need_dh = need_dx or need_dw13
-        dh, dw2 = backward_op(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2)
+        dh, dw2 = backward_op(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2, of_w2)
         del h_saved
         if need_dh:
-            dx, amax = _dgrad_op(dh, gate_up, w1, w3, offs, key, need_dx)
+            dx, amax = _dgrad_op(dh, gate_up, w1, w3, offs, key, need_dx, of_w13)
             del dh
             if need_dw13:
                 dw1, dw3 = _wgrad_op(gate_up, amax, x_saved, w1, offs, key)
         return (
             dx if need_dx else None, dw1 if need_dw1 else None, dw2.mT if need_dw2 else None,
-            dw3 if need_dw3 else None, None, None,
+            dw3 if need_dw3 else None, None, None, None, None,
         )  # fmt: skip
 
 
 @torch.library.impl(LIBRARY, "swiglu_experts_forward", "Autograd")
 @torch._disable_dynamo
-def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    offs: Tensor,
+    config_key: str,
+    save: bool,
+    prepared: Sequence[Tensor] | None = None,
+    prepared_dgrad: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3)):
-        return _SwigluExperts.apply(x, w1, w2, w3, offs, config_key)
+        return _SwigluExperts.apply(x, w1, w2, w3, offs, config_key, prepared, prepared_dgrad)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(x, w1, w2, w3, offs, config_key, save)
+        return _forward_op(x, w1, w2, w3, offs, config_key, save, prepared)

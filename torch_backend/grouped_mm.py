@@ -17,7 +17,9 @@ from xmoe.config import (
     as_config,
     config_from_key,
 )
-from xmoe.torch_backend import ops  # noqa: F401 (registers torch.ops.xmoe)
+from xmoe.kernels import pipeline
+from xmoe.torch_backend import ops
+from xmoe.torch_backend.weight_cache import cached
 
 
 def scaled_grouped_mm(
@@ -51,7 +53,23 @@ def scaled_grouped_mm(
 def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> Tensor:
     """`scaled_grouped_mm` with the config as its key, the form that the ops carry."""
     save_tokens = B_t.requires_grad and torch.is_grad_enabled()
-    return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens)[0]
+    prepared = cached(lambda: _prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
+    return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
+
+
+def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:
+    """B_t quantized along K and along N; nothing in the bf16 format."""
+    devices = (A.device, B_t.device, offs.device)
+    ops.check_signature(A.shape, A.dtype, B_t.shape, B_t.dtype, offs.shape, offs.dtype, devices)
+    config = config_from_key(config_key)
+    if config.format == "bf16":
+        return [], []
+    view = pipeline.device_of(B_t.device.type, B_t.device.index)
+    G, K, N = B_t.shape
+    problem = pipeline.Problem(0, N, K, G, ops.DTYPES[A.dtype], ops.DTYPES[B_t.dtype])
+    B = ops.aligned(B_t)
+    along_k, along_n = (pipeline.prepare_weights(problem, config, view, b) for b in (B.mT, B))
+    return ops.pack(along_k), ops.pack(along_n)
 
 
 def to_fp8_rowwise_then_scaled_grouped_mm(

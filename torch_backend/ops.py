@@ -28,12 +28,13 @@ Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 LIBRARY = torch.library.Library("xmoe", "FRAGMENT")  # its registrations live as long as it does
 LIBRARY.define(
-    "grouped_mm_forward(Tensor A, Tensor B, Tensor offs, str config_key, bool save_tokens) -> (Tensor, Tensor, Tensor)",
+    "grouped_mm_forward(Tensor A, Tensor B, Tensor offs, str config_key, bool save_tokens, Tensor[]? prepared=None, "
+    "Tensor[]? prepared_dgrad=None) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "grouped_mm_backward(Tensor dOut, Tensor[] A_saved, Tensor B, Tensor offs, str config_key, ScalarType A_dtype, "
-    "bool need_dA, bool need_dB) -> (Tensor, Tensor)",
+    "bool need_dA, bool need_dB, Tensor[]? prepared=None) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -118,12 +119,13 @@ def _forward_plan(
     devices: tuple[torch.device, ...],
     key: str,
     save_tokens: bool,
+    prepared: bool,
 ) -> _Plan:
     check_signature(A_shape, A_dtype, B_shape, B_dtype, offs_shape, offs_dtype, devices)
     config = config_from_key(key)
     problem = _problem(A_shape[0], B_shape, A_dtype, B_dtype, _out_dtype(config, A_dtype))
     view = pipeline.device_of(devices[0].type, devices[0].index)
-    spec = pipeline.forward_spec(problem, config, view, save_tokens)
+    spec = pipeline.forward_spec(problem, config, view, save_tokens, prepared)
     return _Plan(problem, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
 
 
@@ -141,7 +143,13 @@ def _problem(
 @torch.library.impl(LIBRARY, "grouped_mm_forward", "CompositeExplicitAutograd")
 @torch._disable_dynamo  # which traces into it where it has skipped the frame of the call
 def grouped_mm_forward(
-    A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool
+    A: Tensor,
+    B: Tensor,
+    offs: Tensor,
+    config_key: str,
+    save_tokens: bool,
+    prepared: Sequence[Tensor] | None = None,
+    prepared_dgrad: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out [M, N], a_tokens, a_tokens_scale)`` (``pipeline.forward_outputs``); the last two are empty [0] unless
     `save_tokens` made them.
@@ -152,19 +160,30 @@ def grouped_mm_forward(
         offs: int32 [G], the end row of each group.
         config_key: ``GroupedMMConfig.to_key()``.
         save_tokens: also quantize A for the weight gradient. Ignored by configs whose wgrad takes A itself.
+        prepared, prepared_dgrad: B quantized along K and along N (`pack`), or nothing. The second is for autograd.
     """
     plan = _forward_plan(
         A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, (A.device, B.device, offs.device), config_key,
-        save_tokens,
+        save_tokens, bool(prepared),
     )  # fmt: skip
     if plan.config.debug:
         check_offsets(offs, A.shape[0])
     outputs, scratch = allocate(plan.outputs, A.device), allocate(plan.scratch, A.device)
-    A, B, offs = aligned(A.contiguous()), aligned(B), offs.contiguous()
-    pipeline.forward(plan.problem, plan.config, plan.view, A, B, offs, outputs, scratch)
+    A, b, offs = aligned(A.contiguous()), unpack(prepared) if prepared else aligned(B), offs.contiguous()
+    pipeline.forward(plan.problem, plan.config, plan.view, A, b, offs, outputs, scratch)
     if "a_tokens" in outputs:
         return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
     return outputs["out"], A.new_empty(0), A.new_empty(0)
+
+
+def pack(prepared: pipeline.Prepared) -> list[Tensor]:
+    """As ops take it: one tensor or two."""
+    return [x for x in prepared if x is not None]
+
+
+def unpack(tensors: Sequence[Tensor]) -> pipeline.Prepared:
+    """The inverse of `pack`."""
+    return pipeline.Prepared(tensors[0], tensors[1] if len(tensors) > 1 else None)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -186,7 +205,9 @@ def fake_implementation(config: GroupedMMConfig, device: torch.device) -> Implem
 
 
 @torch.library.register_fake("xmoe::grouped_mm_forward", lib=LIBRARY)
-def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool, *prepared: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     devices = (A.device, B.device, offs.device)
     check_signature(A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, devices)
     config = config_from_key(config_key)
@@ -212,11 +233,12 @@ def _backward_plan(
     key: str,
     need_dA: bool,
     need_dB: bool,
+    prepared: bool,
 ) -> _Plan:
     config = config_from_key(key)
     problem = _problem(M, B_shape, A_dtype, B_dtype, DTYPES[dOut_dtype])
     view = pipeline.device_of(device.type, device.index)
-    spec = pipeline.backward_spec(problem, config, view, need_dA, need_dB)
+    spec = pipeline.backward_spec(problem, config, view, need_dA, need_dB, prepared)
     return _Plan(problem, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
 
 
@@ -237,6 +259,7 @@ def grouped_mm_backward(
     A_dtype: torch.dtype,
     need_dA: bool,
     need_dB: bool,
+    prepared: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(dA [M, K], dB [G, K, N])``, empty [0] where not needed. dB has the memory layout of B.
 
@@ -246,19 +269,22 @@ def grouped_mm_backward(
             (``pipeline.saves_input``), or () without `need_dB`.
         B, offs, config_key: as in the forward.
         A_dtype: of A and dA.
+        prepared: B quantized along N (`pack`), or nothing.
     """
     device = dOut.device
-    plan = _backward_plan(dOut.shape[0], dOut.dtype, A_dtype, B.shape, B.dtype, device, config_key, need_dA, need_dB)
+    plan = _backward_plan(
+        dOut.shape[0], dOut.dtype, A_dtype, B.shape, B.dtype, device, config_key, need_dA, need_dB, bool(prepared)
+    )
     outputs = {
         name: _empty_dB(B) if name == "dB" else torch.empty(shape, dtype=dtype, device=device)
         for name, shape, dtype in plan.outputs
     }
     scratch = allocate(plan.scratch, device)
-    dOut, B, offs = aligned(dOut.contiguous()), aligned(B), offs.contiguous()
+    dOut, b, offs = aligned(dOut.contiguous()), unpack(prepared) if prepared else aligned(B), offs.contiguous()
     saved = tuple(A_saved)
     if pipeline.saves_input(plan.config):
         saved = tuple(aligned(A.contiguous()) for A in saved)
-    pipeline.backward(plan.problem, plan.config, plan.view, dOut, saved, B, offs, outputs, scratch)
+    pipeline.backward(plan.problem, plan.config, plan.view, dOut, saved, b, offs, outputs, scratch)
     return (
         outputs["dA"] if need_dA else dOut.new_empty(0, dtype=A_dtype),
         outputs["dB"] if need_dB else B.new_empty(0),
@@ -275,6 +301,7 @@ def _(
     A_dtype: torch.dtype,
     need_dA: bool,
     need_dB: bool,
+    prepared: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     dA_shape = (dOut.shape[0], B.shape[1]) if need_dA else (0,)
     return dOut.new_empty(dA_shape, dtype=A_dtype), _empty_dB(B) if need_dB else B.new_empty(0)
@@ -290,17 +317,26 @@ backward_op = torch.ops.xmoe.grouped_mm_backward.default
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool
+        ctx: Any,
+        A: Tensor,
+        B: Tensor,
+        offs: Tensor,
+        config_key: str,
+        save_tokens: bool,
+        prepared: Sequence[Tensor] | None,
+        prepared_dgrad: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, a_tokens, a_tokens_scale = _forward_op(A, B, offs, config_key, save_tokens)
+            out, a_tokens, a_tokens_scale = _forward_op(A, B, offs, config_key, save_tokens, prepared)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(a_tokens, a_tokens_scale)
         ctx.config_key, ctx.A_dtype = config_key, A.dtype
         A_saved = ()
         if ctx.needs_input_grad[1]:
             A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
-        ctx.save_for_backward(B, offs, *A_saved)
+        of_dgrad = prepared_dgrad or ()
+        ctx.prepared = len(of_dgrad)
+        ctx.save_for_backward(B, offs, *of_dgrad, *A_saved)
         return out, a_tokens, a_tokens_scale
 
     @staticmethod
@@ -308,10 +344,11 @@ class _GroupedMM(torch.autograd.Function):
         dOut = gradients[0]
         need_dA, need_dB = ctx.needs_input_grad[:2]
         if dOut is None or not (need_dA or need_dB):
-            return None, None, None, None, None
-        B, offs, *A_saved = ctx.saved_tensors
-        dA, dB = backward_op(dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB)
-        return dA if need_dA else None, dB if need_dB else None, None, None, None
+            return (None,) * 7
+        B, offs, *saved = ctx.saved_tensors
+        prepared, A_saved = saved[: ctx.prepared], saved[ctx.prepared :]
+        dA, dB = backward_op(dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB, prepared)
+        return dA if need_dA else None, dB if need_dB else None, None, None, None, None, None
 
 
 class _GroupedMMBackward(torch.autograd.Function):
@@ -327,11 +364,19 @@ class _GroupedMMBackward(torch.autograd.Function):
 
 @torch.library.impl(LIBRARY, "grouped_mm_forward", "Autograd")
 @torch._disable_dynamo
-def _(A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    A: Tensor,
+    B: Tensor,
+    offs: Tensor,
+    config_key: str,
+    save_tokens: bool,
+    prepared: Sequence[Tensor] | None = None,
+    prepared_dgrad: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
-        return _GroupedMM.apply(A, B, offs, config_key, save_tokens)
+        return _GroupedMM.apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(A, B, offs, config_key, save_tokens)
+        return _forward_op(A, B, offs, config_key, save_tokens, prepared)
 
 
 @torch.library.impl(LIBRARY, "grouped_mm_backward", "Autograd")

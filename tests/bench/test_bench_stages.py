@@ -29,7 +29,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline of sm_90, its kernels interpreted."""
     if e4m3.HARDWARE or not INTERPRETER_WORKS:
         pytest.skip("for a working interpreter")
-    monkeypatch.setattr(call, "_programs", lambda index: 3)
+    monkeypatch.setattr(call, "programs", lambda index: 3)
     monkeypatch.setattr(pipeline, "device_of", lambda *_: HOPPER)
 
 

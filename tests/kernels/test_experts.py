@@ -56,7 +56,7 @@ class Run:
         got |= {"dh": grads["dA"].clone(), "dw2": grads["dB"].mT}
 
         dx, scratch = self._tensors(experts.dgrad_spec(e, config, device))
-        experts.dgrad(e, config, device, grads["dA"], out["gate_up"], self.w1, self.w3, offs, dx, scratch)
+        experts.dgrad(e, config, device, grads["dA"], out["gate_up"], (self.w1, self.w3), offs, dx, scratch)
         got |= {"dx": dx["dx"], "d_gate_up": out["gate_up"]}
 
         for known in (True, False):
@@ -144,7 +144,7 @@ def test_emulation(recipe, pattern):
     [("fp8_rowwise", "short"), ("fp8_blockwise", "empty"), ("mxfp8_rceil", "uneven")],
 )
 def test_in_the_interpreter(recipe, pattern, monkeypatch):
-    monkeypatch.setattr(call, "_programs", lambda index: 3)
+    monkeypatch.setattr(call, "programs", lambda index: 3)
     H = 128 if recipe == "fp8_blockwise" else 32
     if recipe.startswith("mx"):
         monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())

@@ -112,7 +112,7 @@ def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise"])
 def test_in_the_interpreter(recipe, pattern, stored, monkeypatch):
     """The whole pipeline without a GPU, in the recipes whose arithmetic the interpreter has right (backends.py)."""
-    monkeypatch.setattr(call, "_programs", lambda index: 3)
+    monkeypatch.setattr(call, "programs", lambda index: 3)
     run = Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored,
               device=Device("cuda", (9, 0)), M=150, K=48, N=32, where="cpu")  # fmt: skip
     run.check()
@@ -139,7 +139,7 @@ class Float64Gemm:
 )
 def test_mx_through_bf16_in_the_interpreter(recipe, pattern, stored, monkeypatch):
     """All but the GEMMs themselves."""
-    monkeypatch.setattr(call, "_programs", lambda index: 3)
+    monkeypatch.setattr(call, "programs", lambda index: 3)
     monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())
     Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored, device=Device("cuda", (9, 0)),
         M=150, K=48, N=32, where="cpu").check()  # fmt: skip
