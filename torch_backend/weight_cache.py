@@ -32,7 +32,7 @@ def cache_weights() -> Iterator[None]:
     block ends. An in-place change of a parameter in the block is noticed by its version, and the weight quantized anew;
     what moves no version (``parameter.data``, FSDP gathering new values) is not, so end the block before the optimizer
     steps. Only parameters that take a gradient are cached, in their own dtype: a weight that is cast or joined on the
-    way to its GEMM is quantized every time. ``torch.compile`` does not see the cache; the bf16 recipe has no use for it.
+    way to its GEMM is quantized every time. ``torch.compile`` does not see the cache; the bf16 recipe needs none.
 
     Blocks may be nested: the outermost counts. For the whole process, because autograd recomputes on threads of its
     own.

@@ -148,6 +148,8 @@ def _add_bench(commands: Any) -> None:
         what.add_argument("--shapes", metavar="NAME[,NAME...]", help=shapes)
         if name == "grouped-mm":
             what.add_argument("--tokens", metavar="N[,N...]", help=tokens)
+            cached = "also with weights quantized once for 8 micro-batches (cache_weights)"
+            what.add_argument("--cached", action="store_true", help=cached)
         what.add_argument("--recipes", metavar="NAME[,NAME...]", help="default: one of each format")
         what.add_argument("--out", metavar="DIR", type=_path, help=out)
         what.add_argument("--rounds", metavar="N", type=int, default=5, help="timings of each system (default: 5)")
@@ -155,7 +157,7 @@ def _add_bench(commands: Any) -> None:
             what.add_argument("--peers", metavar="NAME[,NAME...]", help=f"of {peers} (default: those installed)")
         if name in ("grouped-mm", "layer"):
             what.add_argument("--compile", action="store_true", help="also with torch.compile")
-        what.set_defaults(command=_bench, what=name, tokens=None, peers=None, compile=False)
+        what.set_defaults(command=_bench, what=name, tokens=None, peers=None, compile=False, cached=False)
     report = whats.add_parser(
         "report", help="print a recorded run as Markdown", description="Print a recorded run as Markdown."
     )
@@ -175,7 +177,7 @@ def _bench(options: argparse.Namespace) -> int:
     try:
         asked = make_options(
             options.what, shapes=options.shapes, tokens=options.tokens, recipes=options.recipes, peers=options.peers,
-            compile=options.compile, rounds=options.rounds,
+            compile=options.compile, cached=options.cached, rounds=options.rounds,
         )  # fmt: skip
         run.run(asked, out)
     except (UserError, run.WorkerFailed) as error:

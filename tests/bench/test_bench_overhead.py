@@ -1,5 +1,6 @@
 """`xmoe bench overhead`: host times with a clock by hand, steps on the CPU, and both on a GPU."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,17 +103,17 @@ def test_rows(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("table", [HOST_FORWARD, HOST_BACKWARD, EAGER])
 def test_a_wrong_result_is_not_timed(events: Events, monkeypatch: pytest.MonkeyPatch, table: str) -> None:
     """The first expert is 10% off in fp8, and everything else is right."""
-    right = tensor.grouped_mm_by_key
+    right = tensor.swiglu_experts_by_key, grouped_mm.scaled_grouped_mm
 
-    def wrong(A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor, key: str) -> torch.Tensor:
-        out = right(A, B_t, offs, key)
-        if config_from_key(key).format == "bf16":
+    def wrong(index: int, *args: Any) -> torch.Tensor:
+        out, offs, key = right[index](*args), args[-2], args[-1]
+        if (config_from_key(key) if isinstance(key, str) else key).format == "bf16":
             return out
         end = int(offs[offs > 0][0])
         return out * torch.where(torch.arange(out.shape[0]) < end, 1.1, 1.0).to(out.dtype)[:, None]
 
-    monkeypatch.setattr(grouped_mm, "scaled_grouped_mm", lambda *x: wrong(*x[:3], x[3].to_key()))
-    monkeypatch.setattr(tensor, "grouped_mm_by_key", wrong)
+    monkeypatch.setattr(tensor, "swiglu_experts_by_key", functools.partial(wrong, 0))
+    monkeypatch.setattr(grouped_mm, "scaled_grouped_mm", functools.partial(wrong, 1))
     rows = measured(Options("overhead", (OP, STACK), ("bf16", "fp8_rowwise"), (), rounds=1), events)
     shape = "stack" if table == EAGER else "op"
     assert rows[table, shape, "xmoe bf16", False].ms is not None

@@ -40,7 +40,7 @@ def measured(options: Options, events: Events) -> dict[tuple[str, str, str, bool
 
 def test_grouped_mm(events: Events) -> None:
     recipes = ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_floor")
-    rows = measured(Options("grouped-mm", (GEMM,), recipes, ("torch",), rounds=2), events)
+    rows = measured(Options("grouped-mm", (GEMM,), recipes, ("torch",), cached=True, rounds=2), events)
     assert next(event["event"] for event in events.all) == "facts"
     facts = events.of("facts")[0]
     assert facts["facts"]["versions"]["torch"] == importlib.metadata.version("torch")
@@ -50,6 +50,10 @@ def test_grouped_mm(events: Events) -> None:
         assert len(row.rounds_ms) == 2
         assert sum(row.work.values()) == 3 * GEMM.flops
         assert row.note == ""
+        cached = rows[BOTH, "tiny", f"xmoe {recipe}, weights cached over 8", False]
+        assert cached.sqnr_db == row.sqnr_db
+        assert all((8 * ms).is_integer() for ms in cached.rounds_ms)  # the timer counts whole milliseconds
+        assert cached.ms < row.ms / 4
     # The accuracy of each format, in both tables; the worst expert is no better than the whole.
     for table in (FORWARD, BOTH):
         for recipe, least, most in (("fp8_rowwise", 27.5, 30), ("mxfp8_floor", 26.5, 29)):

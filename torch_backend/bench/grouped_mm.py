@@ -22,9 +22,12 @@ from xmoe.shapes import Shape
 from xmoe.torch_backend.bench import peers
 from xmoe.torch_backend.bench.exactness import compare
 from xmoe.torch_backend.grouped_mm import scaled_grouped_mm
+from xmoe.torch_backend.weight_cache import cache_weights
 
 GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(A [M, K], weights [G, N, K], offs int32 [G]) → [M, N]."""
+MICRO_BATCHES = 8
+"""That share quantized weights, with ``options.cached``."""
 _EQUAL_DB = 50.0
 """Two GEMMs on the same quantized operands agree to this at least: the kernel tier."""
 
@@ -174,9 +177,30 @@ def forward_backward_case(
                     work=gemm_work(entrant.recipe, shape.flops, capability),
                 )
             )
+    systems += [_cached(training, entrant, shape, capability) for entrant in found if options.cached and entrant.own]
     return Case(
         table=BOTH, shape=shape.name, dims=dims(shape), tokens=shape.M, systems=systems, missing=missing,
         clean=training.clean,
+    )  # fmt: skip
+
+
+def _cached(training: Training, entrant: Entrant, shape: Shape, capability: tuple[int, int] | None) -> System:
+    """Over MICRO_BATCHES whose weights are quantized once."""
+
+    def steps() -> None:
+        with cache_weights():
+            for _ in range(MICRO_BATCHES):
+                training.step(entrant.fn)
+
+    def cached(A: Tensor, B: Tensor, offs: Tensor) -> Tensor:
+        with cache_weights():
+            entrant.fn(A, B, offs)
+            return entrant.fn(A, B, offs)
+
+    return System(
+        name=f"{entrant.name}, weights cached over {MICRO_BATCHES}", step=steps, steps=MICRO_BATCHES,
+        check=functools.partial(training.check, cached, entrant),
+        work=gemm_work(entrant.recipe, shape.flops, capability),
     )  # fmt: skip
 
 

@@ -67,6 +67,8 @@ class System:
     """The forward alone, with grad, on an input that autograd alone may keep; its output has ``nbytes``."""
     time: Callable[[], float] | None = None
     """Milliseconds of a step, where the run's `Timer` does not measure it."""
+    steps: int = 1
+    """So many steps are one call of ``step``: times are divided by it."""
     peak: Callable[[], int | None] | None = None
     """The memory of a step over the operands (bytes), where it is known without counting."""
     compiled: bool = False
@@ -152,15 +154,14 @@ def measure(case: Case, rounds: int, timer: Timer, memory: Memory, emit: Emit) -
         case.clean()
         row.saved_bytes_per_token = _saved(system, memory, case.tokens)
 
+    def time(system: System, row: Row) -> None:
+        row.add_round((system.time() if system.time else timer(system.step)) / system.steps)
+
     right = [i for i in range(len(rows)) if attempt(i, "checking", check)]
     for turn in range(rounds):
         first = turn % max(len(right), 1)
         what = f"round {turn + 1} of {rounds}"
-        right = [
-            i
-            for i in right[first:] + right[:first]
-            if attempt(i, what, lambda system, row: row.add_round(system.time() if system.time else timer(system.step)))
-        ]
+        right = [i for i in right[first:] + right[:first] if attempt(i, what, time)]
         right.sort()
     return rows
 

@@ -51,6 +51,7 @@ class Options:
     recipes: tuple[str, ...]
     peers: tuple[str, ...] = ()
     compile: bool = False
+    cached: bool = False
     rounds: int = 5
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def make_options(
     recipes: str | None = None,
     peers: str | None = None,
     compile: bool = False,
+    cached: bool = False,
     rounds: int = 5,
 ) -> Options:
     """Options from the command line's strings, lists separated by commas. None: the default, for peers those installed,
@@ -93,7 +95,7 @@ def make_options(
     found = find_shapes(command, DEFAULT_SHAPES[command] if shapes is None else shapes)
     if tokens is not None:
         found = with_tokens(found, tokens)
-    return Options(command, found, tuple(dict.fromkeys(names)), find_peers(command, peers), compile, rounds)
+    return Options(command, found, tuple(dict.fromkeys(names)), find_peers(command, peers), compile, cached, rounds)
 
 
 def find_peers(command: str, text: str | None) -> tuple[str, ...]:
