@@ -15,7 +15,7 @@ from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, 
 from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
-    from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, tiles
+    from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, quantize, quantize_blocks, tiles
 
 
 @lru_cache
@@ -54,11 +54,14 @@ class Call:
         dtype = str(out.dtype).removeprefix("torch.")
         return gemm_tiles(kernel, elements, self.problem, self.config, self.device, dtype)
 
+    def rows_first(self, scale: torch.Tensor | None) -> torch.Tensor | None:
+        return scale.mT if self.implementation.warp_specialized and scale is not None else scale
+
     def rows(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The operand of x's rows; of those of its SwiGLU where x is `gated`."""
         if self.config.format == "bf16":
             return self.cast(name, x), None
-        data, scale = self.scratch[name], self.scratch.get(f"{name}_scale")
+        data, scale = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
         quantize.quantize_rows(x, self.config.format, data, scale, self.programs, gated=self.gated)
         return data, scale
 
@@ -85,7 +88,7 @@ class Call:
         amax_is_known: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The wgrad operand of x, `name` in `tensors`; amax as in `rows_and_amax`."""
-        data, scale = tensors[name], tensors.get(f"{name}_scale")
+        data, scale = tensors[name], self.rows_first(tensors.get(f"{name}_scale"))
         map = self.map(x.shape[0], TOKEN_TILE)
         if self.implementation.straight_tokens:
             quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=self.gated)
@@ -121,10 +124,11 @@ class Call:
         if self.implementation.gemm == "torch":
             _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
             return
-        grouped_gemm.grouped_mm(
-            a_data, a_scale, b_data, b_scale, token_tiles, groups, out, tuned, self.programs, self.precise,
-            self.implementation.elements == "blockwise",
-        )  # fmt: skip
+        args = a_data, a_scale, b_data, b_scale, token_tiles, groups, out, tuned, self.programs
+        if self.implementation.warp_specialized:
+            grouped_gemm_hopper.grouped_mm(*args)
+        else:
+            grouped_gemm.grouped_mm(*args, self.precise, self.implementation.elements == "blockwise")
 
     def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out: torch.Tensor) -> None:
         """out[G, K, N] from wgrad operands of A and dOut; an out that is stored [G, N, K] swaps them."""
@@ -135,9 +139,11 @@ class Call:
             return
         elements = self.implementation.wgrad_elements
         tuned = self.gemm_tiles("grouped_mm_tokens", elements, out)
-        grouped_gemm.grouped_mm_tokens(
-            a, a_scale, b, b_scale, groups, out, tuned, self.programs, self.precise, elements == "blockwise"
-        )
+        args = a, a_scale, b, b_scale, groups, out, tuned, self.programs
+        if self.implementation.warp_specialized and elements == "blockwise":
+            grouped_gemm_hopper.grouped_mm_tokens(*args)
+        else:
+            grouped_gemm.grouped_mm_tokens(*args, self.precise, elements == "blockwise")
 
     def wgrad_hp(self, A: torch.Tensor, dOut: torch.Tensor, dB: torch.Tensor) -> None:
         """dB from A and dOut in bf16, as they lie."""
@@ -147,7 +153,7 @@ class Call:
     def saved_tokens(self, a: tuple[torch.Tensor, torch.Tensor], M: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The wgrad operand of A, from what the forward saved of it."""
         if not self.implementation.straight_tokens:
-            return a
+            return a[0], self.rows_first(a[1])
         data = self.scratch["a_tokens_bf16"]
         quantize_blocks.dequantize_tokens_straight(*a, data, *self.map(M, TOKEN_TILE))
         return data, None

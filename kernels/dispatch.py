@@ -45,6 +45,9 @@ class Implementation:
     reason: str
     advice: str = ""
     """What would give a faster implementation; empty where there is none."""
+    warp_specialized: bool = False
+    """Whether the "blockwise" GEMMs are those of `grouped_gemm_hopper`, in Gluon, Triton's lower language. Their scales
+    lie block after block: [ceil(C/128), M] of rows, [Mp/128, C] of a wgrad operand."""
 
     @property
     def straight_tokens(self) -> bool:
@@ -59,6 +62,11 @@ def _emulated(reason: str, advice: str) -> Implementation:
 
 _GPU = "an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell)"
 _GPU_ADVICE = f"{_GPU} runs the Triton kernels"
+
+
+def has_warp_specialized(capability: tuple[int, int]) -> bool:
+    """Whether `grouped_gemm_hopper` has "blockwise" GEMMs for this GPU: setmaxnreg and wgmma are sm_90's alone."""
+    return capability == (9, 0)
 
 
 @lru_cache
@@ -106,6 +114,11 @@ def select(config: GroupedMMConfig, device: Device) -> Implementation:
     unit = {9: "wgmma", 10: "tcgen05"}.get(capability[0], "mma")
     if fmt == "fp8_blockwise":
         reason = f"fp8 {unit} on {device}, scaled and summed in float32 every 128"
+        if has_warp_specialized(capability):
+            reason += "; warps with roles, in Gluon"
+            return Implementation(
+                "gluon-blockwise", "triton", "blockwise", wgrad or "blockwise", reason, warp_specialized=True
+            )
         return Implementation("triton-blockwise", "triton", "blockwise", wgrad or "blockwise", reason)
     if fmt == "fp8_rowwise":
         return Implementation("triton-fp8", "triton", "fp8", wgrad or "fp8", f"fp8 {unit} on {device}")

@@ -22,7 +22,7 @@ from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitud
 from xmoe.kernels.quantize_blocks import int8_or_bf16, launch_straight, rows_blocks, square_blocks
 from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
-from xmoe.operands import FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE
+from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE
 
 LONGEST_ROW = 16384
 """Rows up to this long stay in registers between the maximum and the cast (elements)."""
@@ -217,7 +217,7 @@ def _columns(
             tl.store(scale_ptr + group * C + col, fp8_scale(largest), col < C)
     elif SCALING == "blockwise":
         if RAGGED:
-            tl.store(scale_ptr + col * stride_sc + tile, fp8_scale(largest), col < C)
+            tl.store(scale_ptr + tile.to(tl.int64) * stride_st + col * stride_sc, fp8_scale(largest), col < C)
         else:
             out = scale_ptr + group * stride_st + tl.program_id(1) * stride_sc + first // BLOCK_R
             tl.store(out, fp8_scale(tl.max(largest, 0)))
@@ -249,6 +249,11 @@ _SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil
 
 def _scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
     return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
+
+
+def _block_strides(scale: torch.Tensor | None) -> tuple[int, int]:
+    """From row to row, and from block to block of a row; the rows of a weight lie one after the other."""
+    return (0, 0) if scale is None else (scale.stride(-2), scale.stride(-1))
 
 
 def row_pieces(C: int) -> tuple[int, ...]:
@@ -283,8 +288,8 @@ def quantize_rows(
     Args:
         format: one of `xmoe.operands.FORMATS`.
         data: e4m3, written, contiguous in the shape of x; or, for an MX format, bf16 that receives data * scale.
-        scale: float32 [R] or [G, P] ("fp8_rowwise"), float32 with a further axis of ceil(C/128) ("fp8_blockwise"), or
-            E8M0 with one of ceil(C/32), written; None with bf16 `data`.
+        scale: float32 [R] or [G, P] ("fp8_rowwise"), float32 with a further axis of ceil(C/128) ("fp8_blockwise"; that
+            of [R, C] has any strides), or E8M0 with one of ceil(C/32), written; None with bf16 `data`.
         programs: the number of multiprocessors.
         columns: for "fp8_rowwise" (amax int32 [G, C], groups of `tiles.map_tiles`): amax receives, at no cost, the bits
             of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group may then
@@ -308,7 +313,7 @@ def quantize_rows(
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
     rows_blocks[(cdiv(R, block_r), cdiv(C, block_c))](
-        x, *strides, int8_or_bf16(data), _scale_bits(scale), R, P, C,
+        x, *strides, int8_or_bf16(data), _scale_bits(scale), *_block_strides(scale), R, P, C,
         SCALING=_SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
     )  # fmt: skip
@@ -388,7 +393,8 @@ def quantize_tokens(
     Args:
         format: one of `xmoe.operands.FORMATS`.
         data: e4m3 [C, Mp], written whole.
-        scale: float32 [G, C] ("fp8_rowwise") or [C, Mp/128] ("fp8_blockwise"), or E8M0 [C, Mp/32], written whole.
+        scale: float32 [G, C] ("fp8_rowwise") or [C, Mp/128] ("fp8_blockwise", any strides), or E8M0 [C, Mp/32], written
+            whole.
         amax: int32 [G, C] scratch, for "fp8_rowwise".
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
         amax_is_known: `amax` holds the bits of each column's largest magnitude (`columns` of `quantize_rows`).
@@ -399,7 +405,7 @@ def quantize_tokens(
     if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
         _launch_columns_amax(x, G, M, C, amax.zero_(), *map, gated)
-    scale_strides = 0, Mp // SCALE_BLOCKS.get(format, TOKEN_TILE)
+    scale_strides = scale.stride()[::-1] if format == "fp8_blockwise" else (0, Mp // MX_BLOCK)
     _launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated)
 
 

@@ -24,10 +24,11 @@ from xmoe.kernels.tiles import cdiv, tile_rows
 from xmoe.operands import MX_BLOCK, TOKEN_TILE, padded_tokens
 
 
-@triton.jit(do_not_specialize=["R", "P"])
+@triton.jit(do_not_specialize=["R", "P", "stride_sb"])
 def rows_blocks(
     x_ptr, stride_xg, stride_xr, stride_xc,
-    data_ptr, scale_ptr,
+    data_ptr,
+    scale_ptr, stride_sr, stride_sb,
     R, P, C,
     SCALING: tl.constexpr, GATED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
@@ -56,7 +57,7 @@ def rows_blocks(
     tl.store(data_ptr + row * C + col, tl.reshape(data, (BLOCK_R, BLOCK_C)), mask)
     if not DEQUANTIZE:
         block = first // SIZE + tl.arange(0, blocks)[None, :]
-        tl.store(scale_ptr + row * tl.cdiv(C, SIZE) + block, scale, (row < R) & (block * SIZE < C))
+        tl.store(scale_ptr + row * stride_sr + block.to(tl.int64) * stride_sb, scale, (row < R) & (block * SIZE < C))
 
 
 @triton.jit

@@ -82,14 +82,17 @@ def saves_input(config: GroupedMMConfig) -> bool:
 # --------------------------------------------------------------------------------------------------------------- specs
 
 
-def _operand(name: str, lead: tuple[int, ...], C: int, format: str, elements: Elements) -> dict[str, TensorSpec]:
+def _operand(
+    name: str, lead: tuple[int, ...], C: int, format: str, elements: Elements, blocks_first: bool = False
+) -> dict[str, TensorSpec]:
     """The tensors of an operand [*lead, C] that is quantized along C."""
     if elements == "bf16":
         return {name: TensorSpec((*lead, C), "bfloat16")}
     scale = TensorSpec(lead, "float32")
     if format != "fp8_rowwise":
         dtype = "float32" if format == "fp8_blockwise" else "float8_e8m0fnu"
-        scale = TensorSpec((*lead, -(-C // SCALE_BLOCKS[format])), dtype)
+        shape = (*lead, -(-C // SCALE_BLOCKS[format]))
+        scale = TensorSpec(shape[::-1] if blocks_first else shape, dtype)
     return {name: TensorSpec((*lead, C), "float8_e4m3fn"), f"{name}_scale": scale}
 
 
@@ -110,16 +113,16 @@ def weights_spec(
 def _rows(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, impl: Implementation):
     if config.format == "bf16":
         return {} if dtype == "bfloat16" else {name: TensorSpec((p.M, C), "bfloat16")}
-    return _operand(name, (p.M,), C, config.format, impl.elements)
+    return _operand(name, (p.M,), C, config.format, impl.elements, impl.warp_specialized)
 
 
-def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, straight: bool) -> dict[str, TensorSpec]:
+def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, impl: Implementation) -> dict[str, TensorSpec]:
     """The wgrad operand, in 8 bits."""
     Mp = padded_tokens(p.M, p.G)
-    if straight:
+    if impl.straight_tokens:
         scale = TensorSpec((Mp // MX_BLOCK, C), "float8_e8m0fnu")
         return {name: TensorSpec((p.M, C), "float8_e4m3fn"), f"{name}_scale": scale}
-    specs = _operand(name, (C,), Mp, config.format, "fp8")
+    specs = _operand(name, (C,), Mp, config.format, "fp8", impl.warp_specialized)
     if config.format == "fp8_rowwise":
         specs[f"{name}_scale"] = TensorSpec((p.G, C), "float32")
     return specs
@@ -139,13 +142,13 @@ def token_map(tile: int, p: Problem) -> dict[str, TensorSpec]:
 
 def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool):
     """``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A: ``a_tokens`` and
-    ``a_tokens_scale``: e4m3 [K, Mp] and float32 [G, K] or [K, Mp/128] or E8M0 [K, Mp/32], or, where the implementation
-    keeps tokens straight, e4m3 [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives
-    until the backward."""
+    ``a_tokens_scale``: e4m3 [K, Mp] and float32 [G, K] or [K, Mp/128] (`warp_specialized`: [Mp/128, K]) or E8M0
+    [K, Mp/32], or, where the implementation keeps tokens straight, e4m3 [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever
+    the wgrad multiplies: that is what lives until the backward."""
     out = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
     if not save_tokens or saves_input(config):
         return out
-    return out | _tokens("a_tokens", p.K, p, config, impl.straight_tokens)
+    return out | _tokens("a_tokens", p.K, p, config, impl)
 
 
 @lru_cache(maxsize=4096)
@@ -200,9 +203,7 @@ def backward_spec(
             spec.scratch["a_tokens_bf16"] = TensorSpec((p.M, p.K), "bfloat16")
             spec.scratch["d_tokens"] = TensorSpec((p.M, p.N), "bfloat16")
         else:
-            spec.scratch.update(
-                _tokens("d_tokens", p.N, p, config, False) | _tokens_scratch("d_tokens", p.N, p, config)
-            )
+            spec.scratch.update(_tokens("d_tokens", p.N, p, config, impl) | _tokens_scratch("d_tokens", p.N, p, config))
         if "d_tokens" in spec.scratch:
             spec.scratch.pop("d", None)  # dead when d_tokens are written, and no larger
     return spec

@@ -17,7 +17,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from xmoe.kernels import grouped_gemm, tiles, tuning
+from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, tiles, tuning
+from xmoe.kernels.dispatch import has_warp_specialized
 from xmoe.kernels.tuning import GemmTiles
 from xmoe.operands import FP8_BLOCK, TOKEN_TILE, padded_tokens
 from xmoe.shapes import ALL, Shape, offsets
@@ -32,9 +33,13 @@ CLASSES = {
 ELEMENT_BYTES = {"fp8": 1, "blockwise": 1, "mx": 1, "bf16": 2}
 
 
-def candidates(element: str) -> Iterator[GemmTiles]:
+def candidates(element: str, warp_specialized: bool) -> Iterator[GemmTiles]:
     """Tile shapes worth a try: 128 bytes of the contraction a step, as TMA swizzles them; also a block of scales."""
     depth = 128 // ELEMENT_BYTES[element]
+    if warp_specialized:
+        for rows, stages, band, parts in itertools.product((256, 128), (3, 4, 5), (4, 8, 16), (1, 2)):
+            yield GemmTiles(rows, FP8_BLOCK, depth, 8, stages, band, parts)
+        return
     for (rows, cols), stages, band in itertools.product(
         [(128, 256), (256, 128), (128, 128), (64, 256), (64, 128)], (3, 4), (4, 8, 16)
     ):
@@ -54,36 +59,47 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
         return torch.randn(size, device="cuda", dtype=torch.bfloat16).to(dtype)
 
     blockwise = element == "blockwise"
+    warp_specialized = blockwise and has_warp_specialized(torch.cuda.get_device_capability())
 
-    def scales(*rows: int, C: int) -> torch.Tensor | None:
+    def scales(*rows: int, C: int, blocks_first: bool = False) -> torch.Tensor | None:
         if element == "bf16":
             return None
         if element == "fp8":
             return torch.rand(rows, device="cuda") + 0.5
         if blockwise:
-            return torch.rand(*rows, -(-C // FP8_BLOCK), device="cuda") + 0.5
+            x = torch.exp2(torch.randint(-2, 3, (*rows, -(-C // FP8_BLOCK)), device="cuda").float())
+            return x.mT.contiguous().mT if blocks_first and warp_specialized else x
         return torch.full((*rows, -(-C // 32)), 127, dtype=torch.uint8, device="cuda").view(torch.float8_e8m0fnu)
 
     if kernel == "grouped_mm":
         a, b, out = random(M, K), random(G, N, K), torch.empty(M, N, dtype=out_dtype, device="cuda")
-        a_scale, b_scale = scales(M, C=K), scales(G, -(-N // FP8_BLOCK) if blockwise else N, C=K)
+        b_lines = -(-N // FP8_BLOCK) if blockwise else N
+        a_scale, b_scale = scales(M, C=K, blocks_first=True), scales(G, b_lines, C=K)
 
         def launch(t: GemmTiles) -> None:
             token_tiles = torch.empty(tiles.max_tiles(M, G, t.rows), 4, dtype=torch.int32, device="cuda")
             tiles.map_tiles(offs, M, t.rows, token_tiles, groups)
-            grouped_gemm.grouped_mm(a, a_scale, b, b_scale, token_tiles, groups, out, t, programs, blockwise=blockwise)
+            args = a, a_scale, b, b_scale, token_tiles, groups, out, t, programs
+            if warp_specialized:
+                grouped_gemm_hopper.grouped_mm(*args)
+            else:
+                grouped_gemm.grouped_mm(*args, blockwise=blockwise)
 
         return launch
 
     Mp = padded_tokens(M, G)
     a, b = (random(M, C) if element == "bf16" else random(C, Mp) for C in (N, K))
-    a_scale, b_scale = (scales(G, C, C=0) if element == "fp8" else scales(C, C=Mp) for C in (N, K))
+    a_scale, b_scale = (scales(G, C, C=0) if element == "fp8" else scales(C, C=Mp, blocks_first=True) for C in (N, K))
     out = torch.empty(G, N, K, dtype=out_dtype, device="cuda")
     token_tiles = torch.empty(tiles.max_tiles(M, G, TOKEN_TILE), 4, dtype=torch.int32, device="cuda")
     tiles.map_tiles(offs, M, TOKEN_TILE, token_tiles, groups)
 
     def launch_tokens(t: GemmTiles) -> None:
-        grouped_gemm.grouped_mm_tokens(a, a_scale, b, b_scale, groups, out, t, programs, blockwise=blockwise)
+        args = a, a_scale, b, b_scale, groups, out, t, programs
+        if warp_specialized:
+            grouped_gemm_hopper.grouped_mm_tokens(*args)
+        else:
+            grouped_gemm.grouped_mm_tokens(*args, blockwise=blockwise)
 
     return launch_tokens
 
@@ -91,14 +107,15 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
 def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
     """The fastest candidate; prints what each took."""
     logs: dict[GemmTiles, float] = {}
+    warp_specialized = element == "blockwise" and has_warp_specialized(torch.cuda.get_device_capability())
     for name in CLASSES[shape_class]:
         shape = ALL[name]
         if shape_class == "few":
             shape = shape._replace(M=128 * shape.G)
         launch = problem(kernel, element, shape, torch.float32 if shape_class == "heavy" else torch.bfloat16)
-        for t in candidates(element):
+        for t in candidates(element, warp_specialized):
             two_accumulators = element == "blockwise" or (shape_class == "heavy" and element == "fp8")
-            if two_accumulators and t.rows * t.cols > 128 * 128:
+            if two_accumulators and t.rows * t.cols > 128 * 128 and not warp_specialized:
                 continue  # these would spill
             if element == "blockwise" and kernel == "grouped_mm" and t.cols > FP8_BLOCK:
                 continue  # a tile's columns share one block of weights

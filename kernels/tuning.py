@@ -19,6 +19,7 @@ class GemmTiles:
     cols: int
     depth: int
     warps: int
+    """Those that multiply; a warp-specialized kernel has more."""
     stages: int
     band: int
     """Row tiles that walk the columns together (L2 reuse)."""

@@ -24,8 +24,10 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from xmoe.kernels import grouped_gemm, quantize, quantize_blocks, swiglu, tiles, tuning
+from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, quantize, quantize_blocks, swiglu, tiles, tuning
+from xmoe.kernels.dispatch import has_warp_specialized
 from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -47,6 +49,8 @@ class Case:
     """A regular expression that the PTX must contain."""
     divisible: tuple[str, ...] = field(default=())
     """Arguments known to be multiples of 16."""
+    registers: int | None = None
+    """A thread's, at the launch; None leaves it to the compiler."""
 
 
 def quantizer_cases(sm: int) -> Iterator[Case]:
@@ -171,8 +175,13 @@ INSTRUCTIONS = {
 
 def gemm_cases(sm: int) -> Iterator[Case]:
     table = tuning.table()[f"sm{sm}"]
+    warp_specialized = {"blockwise"} if has_warp_specialized((sm // 10, sm % 10)) else set()
+    for kernel in ("grouped_mm", "grouped_mm_tokens"):
+        for elements in warp_specialized:
+            for shape_class, t in table[kernel][elements].items():
+                yield hopper_case(kernel, t, "fp32" if shape_class == "heavy" else "bf16", shape_class)
     for elements, classes in table["grouped_mm"].items():
-        for shape_class, t in classes.items():
+        for shape_class, t in classes.items() if elements not in warp_specialized else ():
             for contraction_last in (True, False) if elements == "bf16" else (True,):
                 block = [1, t.cols, t.depth] if contraction_last else [1, t.depth, t.cols]
                 for out, precise in loads(shape_class, elements):
@@ -181,7 +190,7 @@ def gemm_cases(sm: int) -> Iterator[Case]:
                                     {"B_CONTRACTION_LAST": contraction_last, "BLOCK_M": t.rows, "BLOCK_P": t.cols,
                                      "BLOCK_C": t.depth}, f"{shape_class},last={contraction_last}")  # fmt: skip
     for elements, classes in table["grouped_mm_tokens"].items():
-        for shape_class, t in classes.items():
+        for shape_class, t in classes.items() if elements not in warp_specialized else ():
             a, b = [t.rows, t.depth], [t.cols, t.depth]
             if elements == "bf16":
                 a, b = a[::-1], b[::-1]
@@ -189,6 +198,25 @@ def gemm_cases(sm: int) -> Iterator[Case]:
                 yield gemm_case("grouped_mm_tokens", grouped_gemm._grouped_mm_tokens, elements, t, sm, out, precise, a,
                                 b, {"TOKEN_TILE": TOKEN_TILE, "BLOCK_P": t.rows, "BLOCK_Q": t.cols, "BLOCK_M": t.depth},
                                 shape_class)  # fmt: skip
+
+
+def hopper_case(name: str, t: tuning.GemmTiles, out: str, shape_class: str) -> Case:
+    operand, layout = grouped_gemm_hopper.OPERAND_LAYOUT, grouped_gemm_hopper.OUT_LAYOUTS[32 if out == "fp32" else 16]
+    types = {
+        "a_desc": f"tensordesc<fp8e4nv[{t.rows}, {t.depth}],{operand}>",
+        "b_desc": f"tensordesc<fp8e4nv[{t.cols}, {t.depth}],{operand}>",
+        "out_desc": f"tensordesc<{out}[1, 1, 64, {t.cols // t.parts}],{layout}>",
+        "out_ptr": f"*{out}", "a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32", "tiles_ptr": "*i32", "groups_ptr": "*i32",
+    }  # fmt: skip
+    constants = {
+        "TOKENS": name == "grouped_mm_tokens", "STAGES": t.stages, "BAND": t.band, "PROGRAMS": 132, "stride_ar": 1,
+        "LOADER_REGISTERS": grouped_gemm_hopper.LOADER_REGISTERS,
+        "CONSUMER_REGISTERS": grouped_gemm_hopper.CONSUMER_REGISTERS,
+    }  # fmt: skip
+    label = f"{name}[blockwise,{out},{shape_class},warp-specialized]"
+    return Case(label, grouped_gemm_hopper._blockwise, types, constants, 90, grouped_gemm_hopper.WARPS,
+                instruction=INSTRUCTIONS[90, "fp8"], divisible=("S", "stride_out"),
+                registers=grouped_gemm_hopper.LAUNCH_REGISTERS)  # fmt: skip
 
 
 def loads(shape_class: str, elements: str) -> tuple[tuple[str, bool], ...]:
@@ -230,10 +258,13 @@ def compile_case(case: Case) -> list[str]:
         signature[name] = case.types.get(name, "i32")
         if signature[name].startswith("*") or name in case.divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    source = (GluonASTSource if case.kernel.is_gluon() else ASTSource)(
+        case.kernel, signature, case.constants, attributes
+    )
     target = GPUTarget("cuda", case.sm, 32)
     try:
-        kernel = triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": case.stages})
+        options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
+        kernel = triton.compile(source, target=target, options=options)
     except Exception as error:
         return [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
     faults = []

@@ -33,7 +33,7 @@ def main() -> int:
     link_tree(packages)
     # A Triton kernel is typed as the Python function that it is not: its arguments are of another kind than its
     # parameters, and a launch takes options of its own. Files that hold kernels are read, and not reported on.
-    kernels = [str(path.relative_to(TREE)) for path in TREE.rglob("*.py") if "@triton.jit" in path.read_text()]
+    kernels = [str(path.relative_to(TREE)) for path in TREE.rglob("*.py") if "n.jit" in path.read_text()]
     settings = {**project["pyright"], "include": ["xmoe"], "exclude": kernels}
     (TREE / "pyrightconfig.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--project", str(TREE), *sys.argv[1:]]

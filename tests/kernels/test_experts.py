@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.kernels.backends import INTERPRETER_WORKS
-from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, poisoned
+from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, TritonGemm, poisoned
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.kernels import call, e4m3, emulation, experts, pipeline
 from xmoe.kernels.dispatch import Device
@@ -145,6 +145,7 @@ def test_emulation(recipe, pattern):
 )
 def test_in_the_interpreter(recipe, pattern, monkeypatch):
     monkeypatch.setattr(call, "programs", lambda index: 3)
+    monkeypatch.setattr(call, "grouped_gemm_hopper", TritonGemm())
     H = 128 if recipe == "fp8_blockwise" else 32
     if recipe.startswith("mx"):
         monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())

@@ -1,6 +1,7 @@
 """Triton grouped GEMMs against the oracle on the same quantized operands, into poisoned outputs."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from tests.kernels.backends import arrays
 from tests.kernels.test_quantize import token_map
 from xmoe import oracle
-from xmoe.kernels import grouped_gemm, tuning
+from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, tuning
+from xmoe.kernels.dispatch import has_warp_specialized
 from xmoe.kernels.tuning import GemmTiles
 from xmoe.operands import TOKEN_TILE
 
@@ -40,6 +42,13 @@ def tiles_for(backend, kernel: str, elements: str, M: int, G: int, heavy: bool =
     if not backend.hardware:
         return BLOCKWISE if elements == "blockwise" else SMALL
     return tuning.lookup(kernel, elements, torch.cuda.get_device_capability(), M, G, heavy)
+
+
+def blockwise_gemms(backend):
+    """(grouped_mm, grouped_mm_tokens) of "blockwise" operands on this GPU, as the dispatch table has them."""
+    if backend.hardware and has_warp_specialized(torch.cuda.get_device_capability()):
+        return grouped_gemm_hopper.grouped_mm, grouped_gemm_hopper.grouped_mm_tokens
+    return (functools.partial(f, blockwise=True) for f in (grouped_gemm.grouped_mm, grouped_gemm.grouped_mm_tokens))
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -119,7 +128,8 @@ def test_blockwise(backend, M, ends, out_dtype):
     offs = torch.tensor(ends, dtype=torch.int32, device=backend.device)
     out = torch.full((M, N), float("nan"), dtype=out_dtype, device=backend.device)
     operands = [tensor(x, backend.device) for x in (a.data, a.scale, b.data, b.scale)]
-    grouped_gemm.grouped_mm(*operands, *token_map(offs, M, tuned.rows), out, tuned, 5, blockwise=True)
+    grouped_mm, _ = blockwise_gemms(backend)
+    grouped_mm(*operands, *token_map(offs, M, tuned.rows), out, tuned, 5)
     close(out, oracle.grouped_mm(a, b, ends))
     assert not out[covered(M, ends) :].any()
 
@@ -133,10 +143,44 @@ def test_blockwise_tokens(backend, M, ends):
     groups = token_map(torch.tensor(ends, dtype=torch.int32, device=backend.device), M)[1]
     out = torch.full((G, K, N), float("nan"), dtype=torch.float32, device=backend.device)
     operands = [tensor(x, backend.device) for x in (a.data, a.scale, d.data, d.scale)]
-    grouped_gemm.grouped_mm_tokens(*operands, groups, out, tuned, 5, True, blockwise=True)
+    _, grouped_mm_tokens = blockwise_gemms(backend)
+    grouped_mm_tokens(*operands, groups, out, tuned, 5)
     close(out, oracle.grouped_mm_tokens(a, d, ends))
     for g, group in enumerate(oracle.token_layout(ends, M)):
         assert group.end > group.start or not out[g].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="for sm_90")
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape_class", ["many", "few"])
+@pytest.mark.parametrize(("M", "ends"), [(1500, [300, 930, 1500]), (1500, [40, 40, 1111]), (0, [0])], ids=str)
+def test_warp_specialized(M, ends, shape_class, out_dtype):
+    """The bits of the Triton kernels, from more tiles than programs, with scales and outputs that lie apart."""
+    G, K, N = len(ends), 656, 528
+    device, offs = torch.device("cuda"), torch.tensor(ends, dtype=torch.int32, device="cuda")
+    a = oracle.quantize_rows(spread(normal(M, K)).numpy(), "fp8_blockwise")
+    b = oracle.quantize_weights(spread(normal(G, K, N)).numpy(), "K", "fp8_blockwise")
+    a_tokens, d_tokens = (oracle.quantize_tokens(spread(normal(M, C)).numpy(), ends, "fp8_blockwise") for C in (K, N))
+    a, b, a_tokens, d_tokens = ([tensor(x.data, device), tensor(x.scale, device)] for x in (a, b, a_tokens, d_tokens))
+    a_scale, *tokens_scales = (x[1].mT.contiguous().mT for x in (a, a_tokens, d_tokens))
+    triton_tiles = GemmTiles(rows=128, cols=128, depth=128, warps=8, stages=3, band=4, parts=1)
+    for programs in (5, 132):
+        poison = torch.full((M, 2 * N), float("nan"), dtype=out_dtype, device=device)
+        want, out = poison[:, :N].clone(), poison[:, N:]
+        grouped_gemm.grouped_mm(*a, *b, *token_map(offs, M, 128), want, triton_tiles, programs, blockwise=True)
+        tuned = tuning.lookup("grouped_mm", "blockwise", (9, 0), 10**6 * (shape_class == "many"), G)
+        if out_dtype is torch.float32:
+            tuned = dataclasses.replace(tuned, stages=3)
+        grouped_gemm_hopper.grouped_mm(a[0], a_scale, *b, *token_map(offs, M, tuned.rows), out, tuned, programs)
+        assert torch.equal(out, want)
+        assert poison[:, :N].isnan().all()
+        want, out = (torch.full((G, K, N), float("nan"), dtype=out_dtype, device=device) for _ in range(2))
+        groups = token_map(offs, M)[1]
+        grouped_gemm.grouped_mm_tokens(*a_tokens, *d_tokens, groups, want, triton_tiles, programs, blockwise=True)
+        operands = a_tokens[0], tokens_scales[0], d_tokens[0], tokens_scales[1]
+        grouped_gemm_hopper.grouped_mm_tokens(*operands, groups, out, tuned, programs)
+        assert torch.equal(out, want)
 
 
 def test_blockwise_tiles_are_blocks(backend):

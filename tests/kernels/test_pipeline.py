@@ -12,7 +12,7 @@ import torch
 
 from tests.kernels.backends import INTERPRETER_WORKS, arrays
 from xmoe import RECIPES, config_from_recipe, oracle
-from xmoe.kernels import call, e4m3, pipeline
+from xmoe.kernels import call, e4m3, grouped_gemm, pipeline
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
 from xmoe.operands import padded_tokens
 from xmoe.shapes import PATTERNS, offsets
@@ -107,12 +107,23 @@ def test_dtypes_layouts_accumulation(recipe, accumulation, dtype, stored):
     Run(config, "uneven", dtype=dtype, stored=stored).check()
 
 
+class TritonGemm:
+    """In place of `grouped_gemm_hopper`, which the interpreter cannot run: what it computes, from its layout."""
+
+    def grouped_mm(self, a, a_scale, b, b_scale, *args):
+        grouped_gemm.grouped_mm(a, a_scale.contiguous(), b, b_scale, *args, blockwise=True)
+
+    def grouped_mm_tokens(self, a, a_scale, b, b_scale, *args):
+        grouped_gemm.grouped_mm_tokens(a, a_scale.contiguous(), b, b_scale.contiguous(), *args, blockwise=True)
+
+
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
 @pytest.mark.parametrize(("pattern", "stored"), [("short", "GKN"), ("empty", "GNK")])
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise"])
 def test_in_the_interpreter(recipe, pattern, stored, monkeypatch):
     """The whole pipeline without a GPU, in the recipes whose arithmetic the interpreter has right (backends.py)."""
     monkeypatch.setattr(call, "programs", lambda index: 3)
+    monkeypatch.setattr(call, "grouped_gemm_hopper", TritonGemm())
     run = Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored,
               device=Device("cuda", (9, 0)), M=150, K=48, N=32, where="cpu")  # fmt: skip
     run.check()
@@ -249,7 +260,8 @@ def test_unsupported_preferences_say_what_to_do():
 def test_dispatch(capability, fp8, mx):
     device = Device("cuda" if capability else "cpu", capability)
     assert select(config_from_recipe("fp8_rowwise"), device).name == fp8
-    assert select(config_from_recipe("fp8_blockwise"), device).name == fp8.replace("fp8", "blockwise")
+    blockwise = "gluon-blockwise" if capability == (9, 0) else fp8.replace("fp8", "blockwise")
+    assert select(config_from_recipe("fp8_blockwise"), device).name == blockwise
     assert select(config_from_recipe("mxfp8_rceil"), device).name == mx
     assert select(config_from_recipe("mxfp8_emulated_rceil"), device).name == "emulated"
     precise = dataclasses.replace(config_from_recipe("mxfp8_rceil"), accumulation="precise")
@@ -272,6 +284,9 @@ def test_spec_of_what_is_saved(recipe):
     if recipe in ("mxfp8_rceil", "mxfp8_floor"):
         assert cpu["a_tokens"] == pipeline.TensorSpec((K, Mp), "float8_e4m3fn")
         assert sm90["a_tokens"] == pipeline.TensorSpec((M, K), "float8_e4m3fn")
+        assert sm90["a_tokens_scale"].shape == cpu["a_tokens_scale"].shape[::-1]
+    elif recipe == "fp8_blockwise":
+        assert sm90["a_tokens"] == cpu["a_tokens"]
         assert sm90["a_tokens_scale"].shape == cpu["a_tokens_scale"].shape[::-1]
     else:
         assert cpu == sm90

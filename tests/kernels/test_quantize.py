@@ -104,6 +104,25 @@ def rows_and_tokens(x, rows, tokens, amax, maps) -> None:
     quantize.quantize_tokens(x, "fp8_rowwise", *tokens, amax, *maps, amax_is_known=known)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blockwise_scales_block_after_block(backend, dtype):
+    """Scales [blocks, rows], as the warp-specialized GEMMs read them."""
+    x, offs = to_kernel(awkward(300, 272).to(dtype), backend), np.array([150, 150, 290], np.int32)
+    rows, tokens = (
+        oracle.quantize_rows(arrays(x), "fp8_blockwise"),
+        oracle.quantize_tokens(arrays(x), offs, "fp8_blockwise"),
+    )
+    data, scale = empty_like(rows.data, x.device), empty_like(rows.scale.T, x.device)
+    quantize.quantize_rows(x, "fp8_blockwise", data, scale.mT, 4)
+    assert same_bytes(data, rows.data)
+    assert same_bytes(scale, rows.scale.T)
+    data, scale = empty_like(tokens.data, x.device), empty_like(tokens.scale.T, x.device)
+    maps = token_map(torch.from_numpy(offs).to(x.device), 300)
+    quantize.quantize_tokens(x, "fp8_blockwise", data, scale.mT, None, *maps)
+    assert same_bytes(data, tokens.data)
+    assert same_bytes(scale, tokens.scale.T)
+
+
 @pytest.mark.parametrize(("M", "C", "G"), [(40, 16, 150), (3, 16400, 2)])
 def test_rows_and_tokens_of_many_groups_and_long_rows(backend, M, C, G):
     """More groups than a program looks at at once, most of them empty; rows that do not fit into registers."""
