@@ -179,7 +179,7 @@ def forward(
             inner.grouped_mm(rows, w, half)
         of_h = _part(scratch, "out")
         if "in.b" in scratch:
-            of_h["b"] = scratch["in.b"].view(e.G, e.D, e.H)
+            of_h["b"] = scratch["in.b"].view(-1, e.D, e.H)
         outer = Call(e.output_problem, config, device, offs, of_h, gated=True)
         outer.mapped = inner.mapped
         if config.format == "bf16":
@@ -264,9 +264,10 @@ def wgrad(
             return
         x, x_scale = x_saved
         data, scale = call.tokens("d_tokens", d_gate_up, scratch, amax, amax is not None)
-        a = call.saved_tokens((x, x_scale), e.M)
+        M = d_gate_up.shape[0]
+        a = call.saved_tokens((x, x_scale), M)
         for half, grad in enumerate(grads):
-            call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), e.M, grad)
+            call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), M, grad)
 
 
 def prepare_weights(

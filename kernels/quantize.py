@@ -265,11 +265,15 @@ def row_pieces(C: int) -> tuple[int, ...]:
 
 def row_schedule(pieces: tuple[int, ...], element_size: int, gated: bool) -> tuple[int, int, int]:
     """(warps, programs a multiprocessor, stages: rows on their way from memory) of `_rows_fp8`. At [128000, 8192] on an
-    H200: 0.80 ms with 4 warps and 4 programs, 0.87 with 4 and 3, 0.86 with 8 and 1."""
+    H200: 0.80 ms with 4 warps and 4 programs, 0.87 with 4 and 3, 0.86 with 8 and 1; gated 1.98, 2.57, and 1.70 with 8
+    and 2."""
     elements, row_bytes = sum(pieces), sum(pieces) * element_size
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
     stages = 4 if row_bytes <= 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
-    stages = 2 if gated else stages
+    if gated:
+        if elements > 4096:
+            return 8, 2, 1
+        stages = 2
     return warps, 12 // warps if elements <= 5120 else 16 // warps, stages
 
 

@@ -145,7 +145,8 @@ def gated(case: Case) -> Iterator[Case]:
         if case.kernel is quantize_blocks.columns_straight:
             constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
         if case.kernel is quantize._rows_fp8:
-            _, _, constants["STAGES"] = quantize.row_schedule(constants["PIECES"], size, True)
+            warps, _, constants["STAGES"] = quantize.row_schedule(constants["PIECES"], size, True)
+            case = replace(case, warps=warps)
         yield replace(case, name=f"{case.name},gated", constants=constants)
 
 

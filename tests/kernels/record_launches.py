@@ -12,7 +12,7 @@ from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from xmoe import config_from_recipe
-from xmoe.kernels import call, pipeline
+from xmoe.kernels import call, experts, pipeline
 from xmoe.kernels.dispatch import Device
 
 CPU = torch.device("cpu")
@@ -60,6 +60,33 @@ def real_call(
     pipeline.backward(p, config, view, dOut, saved, B, offs, grads, pipeline.allocate(spec.scratch, CPU))
 
 
+def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
+    def tensors(spec: pipeline.Spec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return pipeline.allocate(spec.outputs, CPU), pipeline.allocate(spec.scratch, CPU)
+
+    x, w, out = (getattr(torch, name) for name in (e.x_dtype, e.w_dtype, e.out_dtype))
+    a, w1, w2 = torch.zeros(e.M, e.D, dtype=x), torch.zeros(e.G, e.H, e.D, dtype=w), torch.zeros(e.G, e.D, e.H, dtype=w)
+    offs = torch.full((e.G,), e.M, dtype=torch.int32)
+    outputs, scratch = tensors(experts.forward_spec(e, config, view, save))
+    experts.forward(e, config, view, a, w1, w2, w1, offs, outputs, scratch)
+    if not save:
+        return
+    h = torch.zeros(e.M, e.H, dtype=x)
+    h_saved, x_saved = (h,), (a,)
+    if pipeline.saves_input(config):
+        experts.swiglu_into(outputs["gate_up"], h)
+    else:
+        h_saved, x_saved = ((outputs[f"{name}_tokens"], outputs[f"{name}_tokens_scale"]) for name in "hx")
+    grads, scratch = tensors(pipeline.backward_spec(e.output_problem, config, view))
+    grads["dB"] = grads["dB"].view(e.G, e.D, e.H).mT
+    dout = torch.zeros(e.M, e.D, dtype=out)
+    pipeline.backward(e.output_problem, config, view, dout, h_saved, w2.mT, offs, grads, scratch)
+    dx, scratch = tensors(experts.dgrad_spec(e, config, view))
+    experts.dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, dx, scratch)
+    dw, scratch = tensors(experts.wgrad_spec(e, config, view))
+    experts.wgrad(e, config, view, outputs["gate_up"], dx.get("amax"), x_saved, offs, dw, scratch)
+
+
 jit.JITFunction.run = record
 call.programs = lambda index: 132
 torch.cuda.synchronize = lambda device=None: None
@@ -73,6 +100,7 @@ for capability in ((9, 0), (10, 0)):
     view = Device("cuda", capability)
     pipeline.device_of = lambda *_, view=view: view
     pipeline.warm_up.cache_clear()
+    experts.warm_up.cache_clear()
     binders.clear()
     for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"):
         config = config_from_recipe(recipe)
@@ -85,5 +113,14 @@ for capability in ((9, 0), (10, 0)):
                     for save, *needs in ((True, True, True), (True, False, True), (False, True, False)):
                         real = recorded(real_call, problem, config, view, transposed, save, needs)
                         missed += [(recipe, problem, transposed, needs, name) for name, *_ in real - warm]
+        for M, G in ((2048, 1), (1000, 8), (2048, 4)):
+            for dtypes in itertools.product(("bfloat16", "float32"), repeat=3):
+                e = experts.Experts(M, 48, 128, G, *dtypes)
+                warm = recorded(experts.warm_up, e, config, FakeCuda()) | recorded(
+                    pipeline.warm_up.__wrapped__, e.output_problem, config, FakeCuda()
+                )
+                for save in (True, False):
+                    real = recorded(real_experts, e, config, view, save)
+                    missed += [(recipe, e, save, name) for name, *_ in real - warm]
 print(*missed, sep="\n")
 sys.exit(bool(missed))

@@ -91,7 +91,7 @@ def test_op_and_gradients_on_a_gpu_are_bit_equal(recipe: str, dtype: str, patter
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "emulated" not in recipe])  # exp is theirs
 @pytest.mark.parametrize("pattern", ["uneven", "empty", "short"])
 def test_experts_on_a_gpu_are_bit_equal(recipe: str, pattern: str) -> None:
     """Outputs and gradients, run often enough that XLA replays recorded launches, on changing data."""
