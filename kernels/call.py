@@ -35,7 +35,8 @@ class Call:
         scratch: Tensors,
         gated: bool = False,
     ):
-        """`gated`: the activations that come are [M, 2K], for their SwiGLU [M, K]."""
+        """`gated`: the activations that come are [M, 2K], for their SwiGLU [M, K]. In fp8_rowwise the pass over rows
+        leaves that in ``kept`` of the scratch, for the tokens."""
         self.problem, self.config, self.device, self.gated = problem, config, device, gated
         self.implementation = select(config, device)
         self.offs, self.scratch = offs, scratch
@@ -88,15 +89,18 @@ class Call:
         amax_is_known: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The wgrad operand of x, `name` in `tensors`; amax as in `rows_and_amax`."""
+        gated = self.gated
+        if gated and amax_is_known:
+            x, gated = self.scratch["kept"], False
         data, scale = tensors[name], self.rows_first(tensors.get(f"{name}_scale"))
         map = self.map(x.shape[0], TOKEN_TILE)
         if self.implementation.straight_tokens:
-            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=self.gated)
+            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=gated)
         else:
             assert scale is not None, f"{name} has no scale"
             amax = self.scratch.get(f"{name}_amax") if amax is None else amax
             quantize.quantize_tokens(
-                x, self.config.format, data, scale, amax, *map, amax_is_known=amax_is_known, gated=self.gated
+                x, self.config.format, data, scale, amax, *map, amax_is_known=amax_is_known, gated=gated
             )
         return data, scale
 
@@ -112,8 +116,10 @@ class Call:
             return self.rows(name, x), False
         rows = self.scratch[name], self.scratch[f"{name}_scale"]
         _, groups = self.map(x.shape[0], TOKEN_TILE)
-        columns = amax, groups
-        return rows, quantize.quantize_rows(x, self.config.format, *rows, self.programs, columns, gated=self.gated)
+        known = quantize.quantize_rows(
+            x, self.config.format, *rows, self.programs, (amax, groups), gated=self.gated, kept=self.scratch.get("kept")
+        )
+        return rows, known
 
     def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: Weights, out: torch.Tensor) -> None:
         """out[M, P] = a[M, C] @ b[G, P, C]^T."""

@@ -7,7 +7,7 @@ Weights are stored as PyTorch stores linear ones: w1, w3 [G, H, D] and w2 [G, D,
 
 What three separate grouped GEMMs cannot have:
 - x is quantized once for w1 and w3, and its tokens once for both weight gradients;
-- h is rounded once, quantized as it is made, and not kept;
+- h is rounded once, quantized as it is made, and not saved;
 - the gradient of x is one GEMM over [dg | du] and [w1 ; w3], of contraction 2H: one scale a row for both halves, one
   sum in float32. So an MX format asks for H % 32 == 0 and fp8_blockwise for H % 128 == 0 (`fuses`).
 
@@ -113,6 +113,8 @@ def forward_spec(
         for name, tensor in pipeline.forward_spec(problem, config, device, save, prepared).scratch.items():
             spec.scratch[name if _is_map(name) else f"{part}.{name}"] = tensor
     spec.scratch.pop("out.b", None)  # as many bytes as in.b
+    if save and config.format == "fp8_rowwise" and not saves_input(config):
+        spec.scratch["out.kept"] = TensorSpec((e.M, e.H), e.x_dtype)
     return spec
 
 

@@ -37,14 +37,14 @@ EMPTY_SCALE = 2.0**-48
 @triton.jit(do_not_specialize=["R", "P", "G"])
 def _rows_fp8(
     x_ptr, stride_xg, stride_xr, stride_xc,
-    data_ptr, scale_ptr,
+    data_ptr, scale_ptr, kept_ptr,
     amax_ptr, groups_ptr,
     R, P, C, G,
     GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
     in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
-    the rows that have a group; the others are left out."""
+    the rows that have a group; the others are left out. What was read goes to kept_ptr, if there is one."""
     rows = R
     if AMAX:
         rows = tl.load(groups_ptr + G * 4)
@@ -61,7 +61,7 @@ def _rows_fp8(
             last = tl.minimum(end, tl.load(groups_ptr + group * 4 + 1))
         if first < last:
             _rows_fp8_run(
-                x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, amax_ptr,
+                x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr,
                 group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
             )  # fmt: skip
         first = last
@@ -70,7 +70,7 @@ def _rows_fp8(
 
 @triton.jit
 def _rows_fp8_run(
-    x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, amax_ptr, group, first, last, P, C,
+    x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr, group, first, last, P, C,
     GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Rows first to last, all of one group."""
@@ -91,7 +91,10 @@ def _rows_fp8_run(
         seen = ()
         for i in tl.static_range(len(PIECES)):
             x_piece = x_row + columns[i].to(tl.int64) * stride_xc
-            x = read(x_piece, C * stride_xc, columns[i] < C, GATED).to(tl.float32)
+            x = read(x_piece, C * stride_xc, columns[i] < C, GATED)
+            if kept_ptr is not None:
+                tl.store(kept_ptr + row.to(tl.int64) * C + columns[i], x, columns[i] < C)
+            x = x.to(tl.float32)
             values += (x,)
             amax = tl.maximum(amax, tl.max(magnitude(x), 0))
             if AMAX:
@@ -286,6 +289,7 @@ def quantize_rows(
     columns: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     gated: bool = False,
+    kept: torch.Tensor | None = None,
 ) -> bool:
     """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C. Returns whether `columns` was filled.
 
@@ -299,6 +303,7 @@ def quantize_rows(
             of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group may then
             be left unwritten. Rows longer than LONGEST_ROW do not fill it.
         gated: x [R, 2C] stands for its SwiGLU [R, C] (`swiglu.py`).
+        kept: [R, C] in the dtype of x, receives that where `columns` is filled.
     """
     G, P, C = x.shape if x.ndim == 3 else (1, *x.shape)
     C = C // 2 if gated else C
@@ -312,7 +317,8 @@ def quantize_rows(
     if R == 0:
         return fills
     if format == "fp8_rowwise":
-        _launch_rows_fp8(x, strides, data, scale, amax if fills else None, groups, R, P, C, programs, gated)
+        of_columns = (amax, groups, kept) if fills else (None, groups, None)
+        _launch_rows_fp8(x, strides, data, scale, *of_columns, R, P, C, programs, gated)
         return fills
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
@@ -324,7 +330,7 @@ def quantize_rows(
     return False
 
 
-def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs, gated):
+def _launch_rows_fp8(x, strides, data, scale, amax, groups, kept, R, P, C, programs, gated):
     if C > LONGEST_ROW:
         _long_rows_fp8[(R,)](
             x, *strides, data.view(torch.int8), scale, P, C, GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x)
@@ -334,7 +340,7 @@ def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs, g
     warps, programs_each, stages = row_schedule(pieces, x.element_size(), gated)
     G = 1 if groups is None else groups.shape[0] - 1
     _rows_fp8[(programs * programs_each,)](
-        x, *strides, data.view(torch.int8), scale, amax, groups, R, P, C, G,
+        x, *strides, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G,
         GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip

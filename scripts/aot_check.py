@@ -67,7 +67,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                 yield Case(f"rows_fp8[{dtype},{pieces},amax={amax}]", quantize._rows_fp8,
                            x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
                            ({} if amax else {"amax_ptr": None, "groups_ptr": None})
-                           | {"stride_xc": 1, "AMAX": amax, "PIECES": pieces, "STAGES": stages,
+                           | {"kept_ptr": None, "stride_xc": 1, "AMAX": amax, "PIECES": pieces, "STAGES": stages,
                               "HARDWARE": True},
                            sm, warps, divisible=("stride_xg", "stride_xr", "C"))  # fmt: skip
         yield Case(f"long_rows_fp8[{dtype}]", quantize._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
@@ -147,6 +147,9 @@ def gated(case: Case) -> Iterator[Case]:
         if case.kernel is quantize._rows_fp8:
             warps, _, constants["STAGES"] = quantize.row_schedule(constants["PIECES"], size, True)
             case = replace(case, warps=warps)
+            if constants["AMAX"]:
+                constants.pop("kept_ptr")
+                case = replace(case, types=case.types | {"kept_ptr": case.types["x_ptr"]})
         yield replace(case, name=f"{case.name},gated", constants=constants)
 
 
