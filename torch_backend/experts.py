@@ -321,6 +321,18 @@ _dgrad_op = torch.ops.xmoe.swiglu_experts_dgrad.default
 _wgrad_op = torch.ops.xmoe.swiglu_experts_wgrad.default
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """Lets a gradient through that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError("the gradients of swiglu_experts have no derivative; drop create_graph=True")
+
+
 class _SwigluExperts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -349,6 +361,14 @@ class _SwigluExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return _SwigluExperts._backward(ctx, *gradients)
+        with torch.no_grad():
+            found = _SwigluExperts._backward(ctx, *gradients)
+        return tuple(None if x is None else _NoSecondDerivative.apply(x.detach().requires_grad_()) for x in found)
+
+    @staticmethod
+    def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dout, (need_dx, need_dw1, need_dw2, need_dw3) = gradients[0], ctx.needs_input_grad[:4]
         if dout is None or not any(ctx.needs_input_grad):
             return (None,) * 8

@@ -90,6 +90,19 @@ def test_backward_twice(recipe: str) -> None:
         torch.autograd.grad(out, args, torch.ones_like(out))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_second_derivative(name: str) -> None:
+    """Says so, and only where one is asked for."""
+    *tensors, offs = problem()
+    args = dict(zip(NAMES, tensors, strict=True))
+    plain = step(swiglu_experts, *tensors, offs, "fp8_rowwise")[1 + NAMES.index(name)]
+    out = swiglu_experts(*tensors, offs, "fp8_rowwise")
+    (gradient,) = torch.autograd.grad(out, args[name], torch.ones_like(out) / 8, create_graph=True)
+    assert torch.equal(gradient, plain)
+    with pytest.raises(NotImplementedError, match="no derivative; drop create_graph=True"):
+        gradient.float().square().sum().backward()
+
+
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil"])
 @pytest.mark.parametrize("needed", [("x",), ("w1",), ("w2",), ("w3",), ("w1", "w2", "w3"), ("x", "w2")], ids=str)
 def test_some_gradients(recipe: str, needed: tuple[str, ...]) -> None:
