@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude, mx_byte, mx_inverse
+from xmoe.kernels.launch import launch
 from xmoe.kernels.quantize_blocks import int8_or_bf16, launch_straight, rows_blocks, square_blocks
 from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
@@ -307,7 +308,8 @@ def quantize_rows(
         return fills
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
-    rows_blocks[(cdiv(R, block_r), cdiv(C, block_c))](
+    launch(
+        rows_blocks, (cdiv(R, block_r), cdiv(C, block_c)),
         x, *strides, int8_or_bf16(data), _scale_bits(scale), R, P, C,
         SCALING=_SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
@@ -317,14 +319,16 @@ def quantize_rows(
 
 def _launch_rows_fp8(x, strides, data, scale, amax, groups, R, P, C, programs, gated):
     if C > LONGEST_ROW:
-        _long_rows_fp8[(R,)](
-            x, *strides, data.view(torch.int8), scale, P, C, GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x)
-        )
+        launch(
+            _long_rows_fp8, (R,), x, *strides, data.view(torch.int8), scale, P, C,
+            GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x),
+        )  # fmt: skip
         return
     pieces = row_pieces(C)
     warps, programs_each, stages = row_schedule(pieces, x.element_size(), gated)
     G = 1 if groups is None else groups.shape[0] - 1
-    _rows_fp8[(programs * programs_each,)](
+    launch(
+        _rows_fp8, (programs * programs_each,),
         x, *strides, data.view(torch.int8), scale, amax, groups, R, P, C, G,
         GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
@@ -335,7 +339,8 @@ def _launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False
     """Raises `amax` [G, C] to the largest magnitudes of x, where they are larger. Arguments as in `_launch_columns`."""
     ragged = tiles is not None
     if num_tiles:
-        _columns_amax[(num_tiles, cdiv(C, 64))](
+        launch(
+            _columns_amax, (num_tiles, cdiv(C, 64)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
             GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64,
         )  # fmt: skip
@@ -353,7 +358,8 @@ def _launch_columns(
     if num_tiles:
         block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
         assert data.shape[-1] % 4 == 0, f"data {data.shape}: it is written in words of four"
-        _columns[(num_tiles, cdiv(C, block_c))](
+        launch(
+            _columns, (num_tiles, cdiv(C, block_c)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
             data.view(torch.int32), *(s // 4 for s in data_strides),
             _scale_bits(scale), *scale_strides,
@@ -433,7 +439,8 @@ def quantize_weights(
         if format != "fp8_blockwise":
             quantize_rows(parts[0], format, data, scale, programs)
             return
-        square_blocks[(G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),)](
+        launch(
+            square_blocks, (G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),),
             parts[0], *parts[0].stride(), data.view(torch.int8), scale, P, C,
             BLOCK=FP8_BLOCK, HARDWARE=hardware(parts[0]), num_warps=SQUARE_WARPS,
         )  # fmt: skip
