@@ -18,6 +18,7 @@ not KNOWN, with hooks set (a profiler's), or with anything else unexpected, ever
 """
 
 import logging
+import threading
 from typing import Any, NamedTuple
 
 import triton
@@ -32,6 +33,9 @@ KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 """Whether this is a Triton whose `CompiledKernel.run` takes (grid x, y, z, stream, function, packed metadata, launch
 metadata, hook on entry, hook on exit, every parameter in order), where None stands for no metadata and no hook, an
 integer for a tensor at that address, and anything for a parameter that was compiled in."""
+
+DIRECT = KNOWN and not knobs.runtime.interpret
+"""Whether kernels are launched from here at all: not by Triton, and not interpreted."""
 
 _log = logging.getLogger(__name__)
 if not KNOWN:
@@ -82,6 +86,22 @@ class _Compiled(NamedTuple):
 _compiled: dict[tuple[Any, ...], _Compiled | None] = {}  # None: a kind that Triton launches itself
 
 
+class Launch(NamedTuple):
+    """What `launch` did; `compiled` is None if Triton did it."""
+
+    compiled: _Compiled | None
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+
+
+class _Recorder(threading.local):
+    launches: list[Launch] | None = None
+
+
+recorder = _Recorder()
+"""Where each thread's launches are noted, if it has put a list there."""
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Launch a `triton.jit` function on the current stream of the current device.
 
@@ -91,7 +111,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         args: one for each of the others: a tensor on the current device, an int, None or a `Descriptor`.
         constants: its constants, and Triton's options (`num_warps`, ...), by name; hashable.
     """
-    if not KNOWN or type(kernel) is not JITFunction or _hooked(kernel):
+    if not KNOWN or type(kernel) is not JITFunction or hooked(kernel):
         _launch_by_triton(kernel, grid, args, constants)
         return
     device = driver.active.get_current_device()
@@ -121,6 +141,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     x, y, z = (*grid, 1, 1)[:3]
     stream = driver.active.get_current_stream(device)
     found.run(x, y, z, stream, found.function, found.metadata, None, None, None, *values, *found.constants)
+    if recorder.launches is not None:
+        recorder.launches.append(Launch(found, (x, y, z), args))
 
 
 def int_kind(value: int) -> bool | str:
@@ -132,10 +154,12 @@ def int_kind(value: int) -> bool | str:
     return f"{'i64' if value < 2**63 else 'u64'} {not value & 15}"
 
 
-def _hooked(kernel: Any) -> bool:
-    """Whether something wants to know of each launch."""
+def hooked(*kernels: Any) -> bool:
+    """Whether something wants to know of each launch of `kernels`."""
     runtime = knobs.runtime
-    return bool(kernel.pre_run_hooks or _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+    if _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook):
+        return True
+    return any(kernel.pre_run_hooks for kernel in kernels)
 
 
 def _calls(hook: Any) -> bool:
@@ -143,6 +167,8 @@ def _calls(hook: Any) -> bool:
 
 
 def _launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    if recorder.launches is not None:
+        recorder.launches.append(Launch(None, grid, args))
     args = tuple(
         TensorDescriptor(arg.base, [*arg.shape], [*arg.strides], [*arg.block]) if type(arg) is Descriptor else arg
         for arg in args

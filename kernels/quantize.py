@@ -245,6 +245,17 @@ def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
         tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
 
 
+@triton.jit(do_not_specialize=["count"])
+def _zero(x_ptr, count, BLOCK: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + element, 0, element < count)
+
+
+def zero(x: torch.Tensor) -> None:
+    """`x.zero_()` of a contiguous int32 tensor, as a launch of ours (`replay.py`)."""
+    launch(_zero, (cdiv(x.numel(), 4096),), x, x.numel(), BLOCK=4096)
+
+
 _SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
 
 
@@ -300,7 +311,7 @@ def quantize_rows(
     amax, groups = columns or (None, None)
     fills = amax is not None and C <= LONGEST_ROW
     if fills:
-        amax.zero_()
+        zero(amax)
     if R == 0:
         return fills
     if format == "fp8_rowwise":
@@ -404,7 +415,8 @@ def quantize_tokens(
     map = tiles, groups, Mp // TOKEN_TILE
     if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
-        _launch_columns_amax(x, G, M, C, amax.zero_(), *map, gated)
+        zero(amax)
+        _launch_columns_amax(x, G, M, C, amax, *map, gated)
     scale_strides = 0, Mp // SCALE_BLOCKS.get(format, TOKEN_TILE)
     _launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated)
 
@@ -447,7 +459,7 @@ def quantize_weights(
         return
     if format == "fp8_rowwise":
         assert amax is not None, "fp8_rowwise needs amax"
-        amax.zero_()
+        zero(amax)
         for part in parts:
             _launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
     block = SCALE_BLOCKS.get(format, total)

@@ -1,0 +1,182 @@
+"""Replaying: what a call launched, launched again for other tensors.
+
+Around its launches a call works out shapes, schedules and views, which takes longer than launching. All of it follows
+from static facts: when the same call comes again, on tensors of the same layouts, its kernels, grids and integers are the
+same, and only the addresses differ. `replayed` runs a call the first time, runs and records it the second, and from then
+on goes through the record, with the addresses of the day.
+
+A record is made only of a call that can be told again in full: each address that a kernel was given lies in one of the
+call's tensors, no two of which overlap, and torch launched nothing itself. A call for which this does not hold is run
+each time. Nothing is replayed while launch hooks are set.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xmoe.kernels.specs import HAS_TRITON, Arena, Tensors
+
+if HAS_TRITON:
+    from triton.runtime import driver
+
+    from xmoe.kernels import launch
+    from xmoe.kernels.launch import Descriptor, Launch, hooked, recorder
+
+LIMIT = 1024
+"""Calls that are remembered; the oldest goes first."""
+
+
+class Address(int):
+    """An address where Triton expects something with one."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
+class _Step(NamedTuple):
+    """One launch. Places are (index into `values`, index of the tensor, bytes from its start)."""
+
+    run: Callable[..., None]
+    grid: tuple[int, ...]
+    function: int
+    metadata: Any
+    values: tuple[Any, ...]
+    pointers: tuple[tuple[int, int, int], ...]
+    descriptors: tuple[tuple[int, int, int, Descriptor], ...]
+
+
+class _Call:
+    """What is known of a call: nothing but that it came once, or its steps, or (None) that it cannot be replayed."""
+
+    __slots__ = ("kernels", "recorded", "steps")
+
+    def __init__(self) -> None:
+        self.recorded, self.steps, self.kernels = False, None, ()
+
+
+_calls: dict[tuple[Any, ...], _Call] = {}
+
+
+def replayed(
+    facts: tuple[Any, ...], inputs: Sequence[Tensor], named: Sequence[Tensors], run: Callable[[], None]
+) -> None:
+    """Do what `run` launches, by running or by replaying it.
+
+    Args:
+        facts: hashable; with the layouts of the tensors and the names of the named ones, they determine every launch
+            but for the addresses.
+        inputs, named: all memory that the launches read and write, on the current device.
+        run: does the call.
+    """
+    if not launch.DIRECT:
+        run()
+        return
+    device = driver.active.get_current_device()
+    tensors, names = [*inputs], []
+    for some in named:
+        if isinstance(some, Arena):
+            tensors.append(some.memory)
+            names.append(some.layout)
+        else:
+            tensors += some.values()
+            names += some
+    addresses = [x.data_ptr() for x in tensors]
+    layouts = [(x.dtype, x.shape, x.stride(), address & 15) for x, address in zip(tensors, addresses, strict=True)]
+    key = (facts, device, *names, *layouts)
+    call = _calls.get(key)
+    if call is None:
+        if len(_calls) >= LIMIT:
+            del _calls[next(iter(_calls))]
+        _calls[key] = _Call()
+        run()
+    elif hooked(*call.kernels):
+        run()
+    elif not call.recorded:
+        call.recorded = True
+        launches = _record(run)
+        if launches is not None:
+            call.steps = _steps(launches, tensors)
+            call.kernels = tuple({step.compiled.kernel.src.fn for step in launches})
+    elif call.steps is None:
+        run()
+    else:
+        _replay(call.steps, addresses, driver.active.get_current_stream(device))
+
+
+def _replay(steps: Sequence[_Step], addresses: Sequence[int], stream: int) -> None:
+    for run, (x, y, z), function, metadata, values, pointers, descriptors in steps:
+        now = [*values]
+        for index, tensor, offset in pointers:
+            now[index] = addresses[tensor] + offset
+        for index, tensor, offset, (_, shape, strides, block) in descriptors:
+            now[index] = Descriptor(Address(addresses[tensor] + offset), shape, strides, block)
+        run(x, y, z, stream, function, metadata, None, None, None, *now)
+
+
+# ------------------------------------------------------------------------------------------------------------ recording
+
+
+class _Foreign(TorchDispatchMode):
+    """Notes whether torch is asked for anything but views."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        self.seen |= not (returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns))
+        return func(*args, **(kwargs or {}))
+
+
+def _record(run: Callable[[], None]) -> list[Launch] | None:
+    """The launches of `run`, or None if there is more to it."""
+    if recorder.launches is not None:  # part of a call that is being recorded
+        run()
+        return None
+    recorder.launches, foreign = [], _Foreign()
+    try:
+        with foreign:
+            run()
+        launches = recorder.launches
+    finally:
+        recorder.launches = None
+    return None if foreign.seen or any(step.compiled is None for step in launches) else launches
+
+
+def _steps(launches: Sequence[Launch], tensors: Sequence[Tensor]) -> tuple[_Step, ...] | None:
+    """The launches with their addresses as places in `tensors`, or None if that cannot be."""
+    spans = sorted((*_span(x), index) for index, x in enumerate(tensors) if x.numel())
+    if any(end > start for (_, end, _), (start, _, _) in pairwise(spans)):
+        return None
+    steps = []
+    for compiled, grid, args in launches:
+        pointers, descriptors = [], []
+        for index, arg in enumerate(args):
+            if not isinstance(arg, Tensor | Descriptor):
+                continue
+            first, last = _span(arg if isinstance(arg, Tensor) else arg.base)
+            place = next(((index, t, first - start) for start, end, t in spans if start <= first and last <= end), None)
+            if place is None:
+                return None
+            if isinstance(arg, Tensor):
+                pointers.append(place)
+            else:
+                descriptors.append((*place, arg._replace(base=None)))
+        values = [arg if isinstance(arg, int) else None for arg in args]
+        steps.append(
+            _Step(
+                compiled.run, grid, compiled.function, compiled.metadata, (*values, *compiled.constants),
+                tuple(pointers), tuple(descriptors),
+            )
+        )  # fmt: skip
+    return tuple(steps)
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and past its last."""
+    elements = (
+        1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    )
+    return x.data_ptr(), x.data_ptr() + elements * x.element_size()
