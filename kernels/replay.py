@@ -1,13 +1,16 @@
 """Replaying: what a call launched, launched again for other tensors.
 
 Around its launches a call works out shapes, schedules and views, which takes longer than launching. All of it follows
-from static facts: when the same call comes again, on tensors of the same layouts, its kernels, grids and integers are the
-same, and only the addresses differ. `replayed` runs a call the first time, runs and records it the second, and from then
-on goes through the record, with the addresses of the day.
+from static facts: when the same call comes again, on tensors of the same layouts, its kernels, grids and integers are
+the same, and only the addresses differ. `replayed` runs a call the first time, runs and records it the second, and from
+then on goes through the record, with the addresses of the day.
 
 A record is made only of a call that can be told again in full: each address that a kernel was given lies in one of the
-call's tensors, no two of which overlap, and torch launched nothing itself. A call for which this does not hold is run
+call's tensors, no two of which overlap, and torch did nothing but make views. A call of which this is not true is run
 each time. Nothing is replayed while launch hooks are set.
+
+On the CPU that this was written on, the host time of an 8-bit forward of nine launches, without the driver's part, fell
+from 284 us (launched by Triton) to 151 (`launch`) to 58, of which 29 are the op's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,17 +92,17 @@ def replayed(
     call = _calls.get(key)
     if call is None:
         if len(_calls) >= LIMIT:
-            del _calls[next(iter(_calls))]
+            _calls.pop(list(_calls)[0], None)  # noqa: RUF015 (other threads may be at it)
         _calls[key] = _Call()
         run()
     elif hooked(*call.kernels):
         run()
     elif not call.recorded:
         call.recorded = True
-        launches = _record(run)
+        launches = _record(run, tensors[0])
         if launches is not None:
+            call.kernels = tuple(step.compiled.kernel.src.fn for step in launches)
             call.steps = _steps(launches, tensors)
-            call.kernels = tuple({step.compiled.kernel.src.fn for step in launches})
     elif call.steps is None:
         run()
     else:
@@ -120,29 +123,30 @@ def _replay(steps: Sequence[_Step], addresses: Sequence[int], stream: int) -> No
 
 
 class _Foreign(TorchDispatchMode):
-    """Notes whether torch is asked for anything but views."""
+    """Notes whether torch is asked for anything, and for anything but views."""
 
-    seen = False
+    awake = seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returns = func._schema.returns
+        self.awake, returns = True, func._schema.returns
         self.seen |= not (returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns))
         return func(*args, **(kwargs or {}))
 
 
-def _record(run: Callable[[], None]) -> list[Launch] | None:
-    """The launches of `run`, or None if there is more to it."""
+def _record(run: Callable[[], None], some: Tensor) -> list[Launch] | None:
+    """The launches of `run`, or None if there is more to it. `some`: any tensor, to see that torch tells of views."""
     if recorder.launches is not None:  # part of a call that is being recorded
         run()
         return None
     recorder.launches, foreign = [], _Foreign()
     try:
         with foreign:
+            some.detach()
             run()
         launches = recorder.launches
     finally:
         recorder.launches = None
-    return None if foreign.seen or any(step.compiled is None for step in launches) else launches
+    return None if foreign.seen or not foreign.awake or any(step.compiled is None for step in launches) else launches
 
 
 def _steps(launches: Sequence[Launch], tensors: Sequence[Tensor]) -> tuple[_Step, ...] | None:
