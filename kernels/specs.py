@@ -204,7 +204,7 @@ class Layout:
     Equal to itself alone."""
 
     ALIGNMENT = 256
-    """Bytes; TMA wants 128 where it writes to shared memory, and 16 here."""
+    """Bytes. TMA asks for 16."""
 
     def __init__(self, specs: Mapping[str, TensorSpec], elsewhere: Sequence[str] = ()):
         self.places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
