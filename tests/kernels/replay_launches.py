@@ -36,7 +36,12 @@ def plain(arg: Any) -> Any:
         return arg.data_ptr()
     if hasattr(arg, "padding"):  # a descriptor
         block = getattr(arg, "block", None) or arg.block_shape
-        return arg.base.data_ptr(), *map(tuple, (arg.shape, arg.strides, block)), arg.padding, arg.round_f32_to_tf32
+        return (
+            arg.base.data_ptr(),
+            *map(tuple, (arg.shape, arg.strides, block)),
+            arg.padding,
+            getattr(arg, "round_f32_to_tf32", False),
+        )
     return arg
 
 

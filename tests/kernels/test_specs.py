@@ -45,5 +45,5 @@ def test_what_lies_elsewhere_takes_no_memory():
 def test_layouts_are_equal_to_themselves_alone():
     """They stand for their specs in the keys of calls that are replayed."""
     layout = Layout(SPECS)
-    assert layout == layout  # noqa: PLR0124
+    assert layout == layout
     assert layout != Layout(SPECS)
