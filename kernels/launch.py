@@ -19,13 +19,15 @@ not KNOWN, with hooks set (a profiler's), or with anything else unexpected, ever
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import JITFunction, driver
+from triton.runtime import JITFunction
+from triton.runtime import driver as _driver
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -37,18 +39,27 @@ integer for a tensor at that address, and anything for a parameter that was comp
 DIRECT = KNOWN and not knobs.runtime.interpret
 """Whether kernels are launched from here at all: not by Triton, and not interpreted."""
 
+driver: Any = _driver  # whose drivers of GPUs have more than their base class
 _log = logging.getLogger(__name__)
 if not KNOWN:
     _log.debug("every kernel is launched by Triton, whose version %s is not known here", triton.__version__)
+
+
+class Address(int):
+    """An address in place of a descriptor's tensor."""
+
+    def data_ptr(self) -> int:
+        return self
 
 
 class Descriptor(NamedTuple):
     """A tensor as TMA sees it: what Triton's `TensorDescriptor` holds. That checks its fields each time it is made; the
     driver checks them when it encodes them."""
 
-    base: Tensor
+    base: Any
+    """A tensor, or (for `start`) its `Address`."""
     shape: tuple[int, ...]
-    """Of the tensor, in elements; and its strides, of which the last is 1."""
+    """In elements, as are the strides, of which the last is 1."""
     strides: tuple[int, ...]
     block: tuple[int, ...]
     """Elements of one copy."""
@@ -71,7 +82,7 @@ def ragged_descriptor(x: Tensor, block: tuple[int, int]) -> Descriptor:
     return Descriptor(x, *fields)
 
 
-class _Compiled(NamedTuple):
+class Compiled(NamedTuple):
     """What a kind of arguments was compiled to."""
 
     run: Any
@@ -79,17 +90,17 @@ class _Compiled(NamedTuple):
     metadata: Any
     constants: tuple[None, ...]
     """One for each parameter that was given as a constant: the launcher skips them."""
-    kernel: CompiledKernel
-    """Keeps the kernel alive, whose id is in the key."""
+    kernel: JITFunction[Any]
+    """Which its id in the key keeps alive."""
 
 
-_compiled: dict[tuple[Any, ...], _Compiled | None] = {}  # None: a kind that Triton launches itself
+_compiled: dict[tuple[Any, ...], Compiled | None] = {}  # None: a kind that Triton launches itself
 
 
 class Launch(NamedTuple):
     """What `launch` did; `compiled` is None if Triton did it."""
 
-    compiled: _Compiled | None
+    compiled: Compiled | None
     grid: tuple[int, ...]
     args: tuple[Any, ...]
 
@@ -114,7 +125,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if not KNOWN or type(kernel) is not JITFunction or hooked(kernel):
         _launch_by_triton(kernel, grid, args, constants)
         return
-    device = driver.active.get_current_device()
+    device = current_device()
     key: list[Any] = [id(kernel), device, *constants, *constants.values()]
     values: list[Any] = []
     for arg in args:
@@ -138,11 +149,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         if kind not in _compiled:
             _compiled[kind] = _launchable(kernel, len(args), result)
         return
-    x, y, z = (*grid, 1, 1)[:3]
-    stream = driver.active.get_current_stream(device)
-    found.run(x, y, z, stream, found.function, found.metadata, None, None, None, *values, *found.constants)
+    grid = (*grid, 1, 1)[:3]
+    start(found, grid, current_stream(device), values)
     if recorder.launches is not None:
-        recorder.launches.append(Launch(found, (x, y, z), args))
+        recorder.launches.append(Launch(found, grid, args))
+
+
+def start(compiled: Compiled, grid: tuple[int, ...], stream: int, values: Sequence[Any]) -> None:
+    """A launch and nothing else.
+
+    Args:
+        grid: three axes.
+        values: the arguments, with addresses in place of tensors.
+    """
+    x, y, z = grid
+    run, function, metadata, constants, _ = compiled
+    run(x, y, z, stream, function, metadata, None, None, None, *values, *constants)
+
+
+def current_device() -> int:
+    return driver.active.get_current_device()
+
+
+def current_stream(device: int) -> int:
+    return driver.active.get_current_stream(device)
 
 
 def int_kind(value: int) -> bool | str:
@@ -176,11 +206,13 @@ def _launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...],
     return kernel[grid](*args, **constants)
 
 
-def _launchable(kernel: JITFunction[Any], count: int, result: Any) -> _Compiled | None:
+def _launchable(kernel: JITFunction[Any], count: int, result: Any) -> Compiled | None:
     """How to launch what Triton compiled for `count` arguments by itself; None, and a line in the log, if that cannot
     be known."""
     if not isinstance(result, CompiledKernel):
         why = f"a launch gave {type(result).__name__}"
+    elif result.function is None:
+        why = "a launch did not load it"
     elif result.metadata.target.backend != "cuda":
         why = f"the backend is {result.metadata.target.backend}"
     elif [param.is_constexpr for param in kernel.params] != [False] * count + [True] * (len(kernel.params) - count):
@@ -189,6 +221,6 @@ def _launchable(kernel: JITFunction[Any], count: int, result: Any) -> _Compiled 
         why = "it reads globals"
     else:
         constants = (None,) * (len(kernel.params) - count)
-        return _Compiled(result.run, result.function, result.packed_metadata, constants, result)
+        return Compiled(result.run, result.function, result.packed_metadata, constants, kernel)
     _log.debug("%s is launched by Triton: %s", kernel.__name__, why)
     return None

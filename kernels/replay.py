@@ -23,32 +23,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xmoe.kernels.specs import HAS_TRITON, Arena, Tensors
 
 if HAS_TRITON:
-    from triton.runtime import driver
-
     from xmoe.kernels import launch
-    from xmoe.kernels.launch import Descriptor, Launch, hooked, recorder
+    from xmoe.kernels.launch import (
+        Address,
+        Compiled,
+        Descriptor,
+        current_device,
+        current_stream,
+        hooked,
+        recorder,
+        start,
+    )
 
 LIMIT = 1024
 """Calls that are remembered; the oldest goes first."""
 
 
-class Address(int):
-    """An address where Triton expects something with one."""
-
-    def data_ptr(self) -> int:
-        return self
-
-
 class _Step(NamedTuple):
     """One launch. Places are (index into `values`, index of the tensor, bytes from its start)."""
 
-    run: Callable[..., None]
+    compiled: "Compiled"
     grid: tuple[int, ...]
-    function: int
-    metadata: Any
     values: tuple[Any, ...]
     pointers: tuple[tuple[int, int, int], ...]
-    descriptors: tuple[tuple[int, int, int, Descriptor], ...]
+    descriptors: "tuple[tuple[int, int, int, Descriptor], ...]"
 
 
 class _Call:
@@ -57,7 +55,9 @@ class _Call:
     __slots__ = ("kernels", "recorded", "steps")
 
     def __init__(self) -> None:
-        self.recorded, self.steps, self.kernels = False, None, ()
+        self.recorded = False
+        self.steps: tuple[_Step, ...] | None = None
+        self.kernels: tuple[Any, ...] = ()
 
 
 _calls: dict[tuple[Any, ...], _Call] = {}
@@ -77,7 +77,7 @@ def replayed(
     if not launch.DIRECT:
         run()
         return
-    device = driver.active.get_current_device()
+    device = current_device()
     tensors, names = [*inputs], []
     for some in named:
         if isinstance(some, Arena):
@@ -101,25 +101,29 @@ def replayed(
         call.recorded = True
         launches = _record(run, tensors[0])
         if launches is not None:
-            call.kernels = tuple(step.compiled.kernel.src.fn for step in launches)
+            call.kernels = tuple(compiled.kernel for compiled, _, _ in launches)
             call.steps = _steps(launches, tensors)
     elif call.steps is None:
         run()
     else:
-        _replay(call.steps, addresses, driver.active.get_current_stream(device))
+        _replay(call.steps, addresses, current_stream(device))
 
 
 def _replay(steps: Sequence[_Step], addresses: Sequence[int], stream: int) -> None:
-    for run, (x, y, z), function, metadata, values, pointers, descriptors in steps:
+    for compiled, grid, values, pointers, descriptors in steps:
         now = [*values]
         for index, tensor, offset in pointers:
             now[index] = addresses[tensor] + offset
         for index, tensor, offset, (_, shape, strides, block) in descriptors:
             now[index] = Descriptor(Address(addresses[tensor] + offset), shape, strides, block)
-        run(x, y, z, stream, function, metadata, None, None, None, *now)
+        start(compiled, grid, stream, now)
 
 
 # ------------------------------------------------------------------------------------------------------------ recording
+
+
+_Launched = tuple["Compiled", tuple[int, ...], tuple[Any, ...]]
+"""What was launched, its grid and its arguments."""
 
 
 class _Foreign(TorchDispatchMode):
@@ -133,8 +137,8 @@ class _Foreign(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _record(run: Callable[[], None], some: Tensor) -> list[Launch] | None:
-    """The launches of `run`, or None if there is more to it. `some`: any tensor, to see that torch tells of views."""
+def _record(run: Callable[[], None], some: Tensor) -> list[_Launched] | None:
+    """What `run` launches, or None if there is more to it. `some`: any tensor, to see that torch tells of views."""
     if recorder.launches is not None:  # part of a call that is being recorded
         run()
         return None
@@ -143,13 +147,14 @@ def _record(run: Callable[[], None], some: Tensor) -> list[Launch] | None:
         with foreign:
             some.detach()
             run()
-        launches = recorder.launches
+        launches = [(compiled, grid, args) for compiled, grid, args in recorder.launches if compiled is not None]
+        whole = len(launches) == len(recorder.launches)
     finally:
         recorder.launches = None
-    return None if foreign.seen or not foreign.awake or any(step.compiled is None for step in launches) else launches
+    return launches if whole and foreign.awake and not foreign.seen else None
 
 
-def _steps(launches: Sequence[Launch], tensors: Sequence[Tensor]) -> tuple[_Step, ...] | None:
+def _steps(launches: Sequence[_Launched], tensors: Sequence[Tensor]) -> tuple[_Step, ...] | None:
     """The launches with their addresses as places in `tensors`, or None if that cannot be."""
     spans = sorted((*_span(x), index) for index, x in enumerate(tensors) if x.numel())
     if any(end > start for (_, end, _), (start, _, _) in pairwise(spans)):
@@ -168,19 +173,13 @@ def _steps(launches: Sequence[Launch], tensors: Sequence[Tensor]) -> tuple[_Step
                 pointers.append(place)
             else:
                 descriptors.append((*place, arg._replace(base=None)))
-        values = [arg if isinstance(arg, int) else None for arg in args]
-        steps.append(
-            _Step(
-                compiled.run, grid, compiled.function, compiled.metadata, (*values, *compiled.constants),
-                tuple(pointers), tuple(descriptors),
-            )
-        )  # fmt: skip
+        values = tuple(arg if isinstance(arg, int) else None for arg in args)
+        steps.append(_Step(compiled, grid, values, tuple(pointers), tuple(descriptors)))
     return tuple(steps)
 
 
 def _span(x: Tensor) -> tuple[int, int]:
     """The addresses of its first byte and past its last."""
-    elements = (
-        1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    )
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    elements = last + 1 if x.numel() else 0
     return x.data_ptr(), x.data_ptr() + elements * x.element_size()
