@@ -10,7 +10,7 @@ argument is None, and
 
 - of a tensor: the dtype, and whether its address is a multiple of 16;
 - of an integer: whether it is 1, whether it is a multiple of 16, and the width that it needs;
-- of a descriptor: the dtype and the block.
+- of a descriptor: the dtype, the block and the layout.
 
 (It tells more apart for integers that a kernel does not specialise.) `TRITON_DEBUG` and the other knobs count as they
 were when a kind was first seen. Whatever Triton does not document is used in this file alone: with a version that is
@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.language import constexpr
 from triton.runtime import JITFunction
 from triton.runtime import driver as _driver
 from triton.tools.ragged_tma import create_ragged_descriptor
@@ -63,6 +64,8 @@ class Descriptor(NamedTuple):
     strides: tuple[int, ...]
     block: tuple[int, ...]
     """Elements of one copy."""
+    layout: Any = None
+    """Of a copy in shared memory, for a Gluon kernel: it says so where Triton's compiler finds out by itself."""
 
     padding = "zero"  # which Triton's launcher reads, too
     round_f32_to_tf32 = False
@@ -71,7 +74,7 @@ class Descriptor(NamedTuple):
 _ragged: dict[tuple[Any, ...], tuple[tuple[int, ...], ...]] = {}
 
 
-def ragged_descriptor(x: Tensor, block: tuple[int, int]) -> Descriptor:
+def ragged_descriptor(x: Tensor, block: tuple[int, int], layout: Any = None) -> Descriptor:
     """Of x [R, C] as `triton.tools.ragged_tma` stores to it: rows that start and end anywhere."""
     R, C = x.shape
     key = C, x.stride(), x.dtype, block
@@ -79,7 +82,8 @@ def ragged_descriptor(x: Tensor, block: tuple[int, int]) -> Descriptor:
     if fields is None:
         ragged = create_ragged_descriptor(x, block)
         fields = _ragged[key] = tuple(ragged.shape), tuple(ragged.strides), tuple(ragged.block_shape)
-    return Descriptor(x, *fields)
+    shape, strides, box = fields
+    return Descriptor(x, shape, strides, box, layout)
 
 
 class Compiled(NamedTuple):
@@ -114,7 +118,7 @@ recorder = _Recorder()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launch a `triton.jit` function on the current stream of the current device.
+    """Launch a `triton.jit` or `gluon.jit` function on the current stream of the current device.
 
     Args:
         kernel: whose `tl.constexpr` parameters come after all others.
@@ -122,7 +126,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         args: one for each of the others: a tensor on the current device, an int, None or a `Descriptor`.
         constants: its constants, and Triton's options (`num_warps`, ...), by name; hashable.
     """
-    if not KNOWN or type(kernel) is not JITFunction or hooked(kernel):
+    if not KNOWN or not isinstance(kernel, JITFunction) or hooked(kernel):
         _launch_by_triton(kernel, grid, args, constants)
         return
     device = current_device()
@@ -135,7 +139,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             dtype, arg = arg.dtype, arg.data_ptr()
             key.append((dtype,) if arg & 15 else dtype)
         elif type(arg) is Descriptor:
-            key.append((arg.base.dtype, arg.block))
+            key.append((arg.base.dtype, arg.block, arg.layout))
         elif arg is not None:
             _launch_by_triton(kernel, grid, args, constants)
             return
@@ -199,11 +203,17 @@ def _calls(hook: Any) -> bool:
 def _launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
     if recorder.launches is not None:
         recorder.launches.append(Launch(None, grid, args))
-    args = tuple(
-        TensorDescriptor(arg.base, [*arg.shape], [*arg.strides], [*arg.block]) if type(arg) is Descriptor else arg
-        for arg in args
-    )
-    return kernel[grid](*args, **constants)
+    return kernel[grid](*(described(arg) if type(arg) is Descriptor else arg for arg in args), **constants)
+
+
+def described(x: Descriptor) -> Any:
+    """The descriptor as Triton, or Gluon, wants it."""
+    fields = x.base, [*x.shape], [*x.strides], [*x.block]
+    if x.layout is None:
+        return TensorDescriptor(*fields)
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    return GluonDescriptor(*fields, x.layout)
 
 
 def _launchable(kernel: JITFunction[Any], count: int, result: Any) -> Compiled | None:
@@ -217,8 +227,8 @@ def _launchable(kernel: JITFunction[Any], count: int, result: Any) -> Compiled |
         why = f"the backend is {result.metadata.target.backend}"
     elif [param.is_constexpr for param in kernel.params] != [False] * count + [True] * (len(kernel.params) - count):
         why = "its constants are not its last parameters"
-    elif kernel.used_global_vals:
-        why = "it reads globals"
+    elif not all(isinstance(value, constexpr) for value, _ in kernel.used_global_vals.values()):
+        why = "it reads globals that may change"
     else:
         constants = (None,) * (len(kernel.params) - count)
         return Compiled(result.run, result.function, result.packed_metadata, constants, kernel)

@@ -114,7 +114,7 @@ def _replay(steps: Sequence[_Step], addresses: Sequence[int], stream: int) -> No
         now = [*values]
         for index, tensor, offset in pointers:
             now[index] = addresses[tensor] + offset
-        for index, tensor, offset, (_, shape, strides, block) in descriptors:
+        for index, tensor, offset, (_, shape, strides, block, _) in descriptors:
             now[index] = Descriptor(Address(addresses[tensor] + offset), shape, strides, block)
         start(compiled, grid, stream, now)
 

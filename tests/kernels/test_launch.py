@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.runtime import JITFunction, driver, jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -43,6 +44,9 @@ TENSORS = [x[start:] for x in MEMORY.values() for start in (0, 1, 8, 16)]
 DESCRIPTORS = [
     Descriptor(MEMORY[dtype].view(-1, 64), (8, size), (64, 1), block)
     for dtype, size, block in itertools.product(DTYPES[:3], (32, 64), ((1, 32), (8, 32), (32, 8)))
+] + [
+    Descriptor(MEMORY[dtype].view(-1, 64), (8, 64), (64, 1), (8, 32), NVMMASharedLayout(swizzle, 8 * dtype.itemsize, 2))
+    for dtype, swizzle in itertools.product(DTYPES[:3], (0, 32))
 ]
 INTEGERS = [
     *range(-17, 34), 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, -(2**31) - 16, 2**32, 2**32 + 1,
@@ -72,13 +76,9 @@ def key(kernel: JITFunction, *args: Any, **constants: Any) -> tuple[Any, ...]:
 def specialisation(kernel: JITFunction, *args: Any, **constants: Any) -> str:
     """What Triton does."""
     binder = jit.create_function_from_signature(kernel.signature, kernel.params, BACKEND)
-    args = tuple(TensorDescriptor(*map(list_of, arg)) if isinstance(arg, Descriptor) else arg for arg in args)
+    args = tuple(launch.described(arg) if isinstance(arg, Descriptor) else arg for arg in args)
     _, found, options = binder(*args, debug=False, **constants)
     return f"{found} {options}"
-
-
-def list_of(field: Any) -> Any:
-    return [*field] if isinstance(field, tuple) else field
 
 
 @pytest.mark.usefixtures("fake_gpu")
@@ -177,6 +177,14 @@ def test_hooks_see_every_launch(hook, fake_gpu, compiled, monkeypatch):
     monkeypatch.setattr(ONE, "pre_run_hooks", [])
     launch.launch(ONE, (1,), 16, BLOCK=1)
     assert (len(fake_gpu), len(compiled)) == (3, 1)
+
+
+def test_constants_of_a_module_are_no_obstacle(fake_gpu, compiled):
+    kernel = JITFunction(reads_a_global)
+    kernel.used_global_vals = {("x", 0): (tl.constexpr(1), {})}
+    for _ in range(2):
+        launch.launch(kernel, (1,), 16, BLOCK=1)
+    assert (len(fake_gpu), len(compiled)) == (1, 1)
 
 
 def test_an_unknown_triton_launches_itself(fake_gpu, compiled, monkeypatch):
