@@ -25,6 +25,7 @@ from xmoe.config import GroupedMMConfig
 from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, Implementation, select
+from xmoe.kernels.replay import replayed
 from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
 from xmoe.operands import TOKEN_TILE, whole_blocks
 
@@ -174,7 +175,8 @@ def forward(
     if select(config, device).gemm == "emulated":
         _emulated_forward(config, x, w1, w2, w3, offs, gate_up, outputs)
         return
-    with on_device(offs):
+
+    def run() -> None:
         inner = Call(e.input_problem, config, device, offs, _part(scratch, "in"))
         rows = _rows(inner, x, outputs, "x")
         for w, half in zip((w1, w3), gate_up.split(e.H, 1), strict=True):
@@ -190,6 +192,9 @@ def forward(
         else:
             rows = _rows(outer, gate_up, outputs, "h")
         outer.grouped_mm(rows, w2, outputs["out"])
+
+    with on_device(offs):
+        replayed(("experts", e, config, device), (x, w1, w2, w3, offs), (outputs, scratch), run)
 
 
 def _rows(call, x: torch.Tensor, outputs: Tensors, name: str):
@@ -216,23 +221,21 @@ def dgrad(
 
     `w13`: (w1, w3), or both prepared side by side (`prepare_weights`).
     """
-    e, emulated = experts, select(config, device).gemm == "emulated"
-    if emulated:
-        gate_up.copy_(emulation.swiglu_gradient(dh, gate_up))
-    else:
-        with on_device(offs):
-            swiglu.swiglu_gradient_(dh, gate_up)
-    if "dx" not in outputs:
+    e = experts
+    if select(config, device).gemm == "emulated":
+        _emulated_dgrad(e, config, device, dh, gate_up, w13, offs, outputs)
         return
-    if emulated:
-        joint = w13 if isinstance(w13, Prepared) else torch.cat(list(w13), 1).mT
-        grads = {"dA": outputs["dx"]}
-        pipeline.backward(e.joint_problem, config, device, gate_up, (), joint, offs, grads, {})
-        return
-    with on_device(offs):
+
+    def run() -> None:
+        swiglu.swiglu_gradient_(dh, gate_up)
+        if "dx" not in outputs:
+            return
         call = Call(e.joint_problem, config, device, offs, scratch)
         rows = call.rows_and_amax("d", gate_up, outputs["amax"])[0] if "amax" in outputs else call.rows("d", gate_up)
         call.grouped_mm(rows, w13 if isinstance(w13, Prepared) else [w.mT for w in w13], outputs["dx"])
+
+    with on_device(offs):
+        replayed(("dgrad", e, config, device), (dh, gate_up, w13, offs), (outputs, scratch), run)
 
 
 def wgrad(
@@ -253,15 +256,17 @@ def wgrad(
         amax: its output; None if there was none.
         x_saved: ``(x,)`` if `saves_input(config)`, else ``(x_tokens, x_tokens_scale)``.
     """
-    e, halves, grads = experts, d_gate_up.split(experts.H, 1), (outputs["dw1"].mT, outputs["dw3"].mT)
+    e = experts
     if select(config, device).gemm == "emulated":
-        for d, grad in zip(halves, grads, strict=True):
+        for d, grad in zip(d_gate_up.split(e.H, 1), (outputs["dw1"].mT, outputs["dw3"].mT), strict=True):
             pipeline.backward(e.input_problem, config, device, d, x_saved, grad, offs, {"dB": grad}, {})
         return
-    with on_device(offs):
+
+    def run() -> None:
+        grads = outputs["dw1"].mT, outputs["dw3"].mT
         call = Call(e.joint_problem, config, device, offs, scratch)
         if saves_input(config):
-            for d, grad in zip(halves, grads, strict=True):
+            for d, grad in zip(d_gate_up.split(e.H, 1), grads, strict=True):
                 call.wgrad_hp(x_saved[0], d, grad)
             return
         x, x_scale = x_saved
@@ -270,6 +275,10 @@ def wgrad(
         a = call.saved_tokens((x, x_scale), M)
         for half, grad in enumerate(grads):
             call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), M, grad)
+
+    known = () if amax is None else (amax,)
+    with on_device(offs):
+        replayed(("wgrad", e, config, device), (d_gate_up, known, x_saved, offs), (outputs, scratch), run)
 
 
 def prepare_weights(
@@ -341,6 +350,14 @@ def swiglu_into(gate_up: torch.Tensor, h: torch.Tensor) -> None:
     """h [M, H] = silu(g) u of gate_up [M, 2H], contiguous, on a GPU: what an input-saving config's backward needs."""
     with on_device(gate_up):
         swiglu.swiglu(gate_up, h)
+
+
+def _emulated_dgrad(e: Experts, config: GroupedMMConfig, device: Device, dh, gate_up, w13, offs, outputs: Tensors):
+    gate_up.copy_(emulation.swiglu_gradient(dh, gate_up))
+    if "dx" in outputs:
+        joint = w13 if isinstance(w13, Prepared) else torch.cat(list(w13), 1).mT
+        grads = {"dA": outputs["dx"]}
+        pipeline.backward(e.joint_problem, config, device, gate_up, (), joint, offs, grads, {})
 
 
 def _emulated_forward(config: GroupedMMConfig, x, w1, w2, w3, offs, gate_up, outputs: Tensors) -> None:

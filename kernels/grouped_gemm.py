@@ -17,9 +17,9 @@ through shared memory too; else the MMA would wait for them, and each thread of 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.tools.ragged_tma import to_ragged_indices
 
+from xmoe.kernels.launch import Descriptor, launch, ragged_descriptor
 from xmoe.kernels.tuning import GemmTiles
 from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
@@ -227,12 +227,12 @@ def grouped_mm(
     scaling, a_scale, b_scale = _scale_args(a_scale, b_scale, blockwise, tuned.depth)
     contraction_last = b.stride(2) == 1
     if contraction_last:
-        b_desc = TensorDescriptor(b, [G, P, C], [*b.stride()], [1, tuned.cols, tuned.depth])
+        b_desc = Descriptor(b, (G, P, C), b.stride(), (1, tuned.cols, tuned.depth))
     else:
-        b_desc = TensorDescriptor(b, [G, C, P], [b.stride(0), b.stride(2), 1], [1, tuned.depth, tuned.cols])
-    _grouped_mm[(programs,)](
-        TensorDescriptor(a, [M, C], [C, 1], [tuned.rows, tuned.depth]), b_desc,
-        create_ragged_descriptor(out, [tuned.rows, tuned.cols // tuned.parts]), out, out.stride(0),
+        b_desc = Descriptor(b, (G, C, P), (b.stride(0), b.stride(2), 1), (1, tuned.depth, tuned.cols))
+    launch(
+        _grouped_mm, (programs,), Descriptor(a, (M, C), (C, 1), (tuned.rows, tuned.depth)), b_desc,
+        ragged_descriptor(out, (tuned.rows, tuned.cols // tuned.parts)), out, out.stride(0),
         a_scale, b_scale, tiles, groups, M, P, C, G,
         SCALING=scaling, PRECISE=precise and not blockwise, B_CONTRACTION_LAST=contraction_last,
         BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
@@ -272,13 +272,14 @@ def grouped_mm_tokens(
     assert scaling == "none" or TOKEN_TILE % tuned.depth == 0, f"a depth of {tuned.depth} would leave a group's padding"
     stride_a, stride_b = a.stride(0), b.stride(0)
     if scaling == "none":
-        a_desc = TensorDescriptor(a, [M, P], [stride_a, 1], [tuned.depth, tuned.rows])
-        b_desc = TensorDescriptor(b, [M, Q], [stride_b, 1], [tuned.depth, tuned.cols])
+        a_desc = Descriptor(a, (M, P), (stride_a, 1), (tuned.depth, tuned.rows))
+        b_desc = Descriptor(b, (M, Q), (stride_b, 1), (tuned.depth, tuned.cols))
     else:
-        a_desc = TensorDescriptor(a, [P, M], [stride_a, 1], [tuned.rows, tuned.depth])
-        b_desc = TensorDescriptor(b, [Q, M], [stride_b, 1], [tuned.cols, tuned.depth])
-    _grouped_mm_tokens[(programs,)](
-        a_desc, b_desc, create_ragged_descriptor(out.view(G * P, Q), [tuned.rows, tuned.cols // tuned.parts]),
+        a_desc = Descriptor(a, (P, M), (stride_a, 1), (tuned.rows, tuned.depth))
+        b_desc = Descriptor(b, (Q, M), (stride_b, 1), (tuned.cols, tuned.depth))
+    launch(
+        _grouped_mm_tokens, (programs,), a_desc, b_desc,
+        ragged_descriptor(out.view(G * P, Q), (tuned.rows, tuned.cols // tuned.parts)),
         a, stride_a, b, stride_b,
         a_scale, 0 if a_scale is None else a_scale.stride(0), b_scale, 0 if b_scale is None else b_scale.stride(0),
         groups, M, P, Q, G,

@@ -29,9 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
+from triton.tools.ragged_tma import to_ragged_indices
 
+from xmoe.kernels.launch import Descriptor, launch, ragged_descriptor
 from xmoe.kernels.tiles import cdiv
 from xmoe.kernels.tuning import GemmTiles
 from xmoe.operands import FP8_BLOCK
@@ -320,8 +320,8 @@ OPERAND_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8
 OUT_LAYOUTS = {bits: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4) for bits in (16, 32)}
 
 
-def _operand(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor(x, [*x.shape], [*x.stride()], [rows, FP8_BLOCK], OPERAND_LAYOUT)
+def _operand(x: torch.Tensor, rows: int) -> Descriptor:
+    return Descriptor(x, tuple(x.shape), x.stride(), (rows, FP8_BLOCK), OPERAND_LAYOUT)
 
 
 def _launch(a, a_scale, b, b_scale, out, maps, sizes, tuned: GemmTiles, programs: int, tokens: bool) -> None:
@@ -330,10 +330,9 @@ def _launch(a, a_scale, b, b_scale, out, maps, sizes, tuned: GemmTiles, programs
     assert tuned.rows in (128, 256), f"{tuned.rows} rows a tile: a consumer takes 64 or 128"
     assert tuned.cols == tuned.depth == FP8_BLOCK, f"{tuned.cols} columns and a depth of {tuned.depth}: one block each"
     assert tuned.warps == CONSUMERS * WARPS, f"{tuned.warps} warps that multiply: there are {CONSUMERS * WARPS}"
-    ragged = create_ragged_descriptor(out, [64, tuned.cols // tuned.parts])
-    layout = OUT_LAYOUTS[8 * out.element_size()]
-    out_desc = TensorDescriptor(out, ragged.shape, ragged.strides, ragged.block_shape, layout)
-    _blockwise[(programs,)](
+    out_desc = ragged_descriptor(out, (64, tuned.cols // tuned.parts), OUT_LAYOUTS[8 * out.element_size()])
+    launch(
+        _blockwise, (programs,),
         _operand(a, tuned.rows), _operand(b, tuned.cols), out_desc, out, out.stride(0),
         a_scale, *a_scale.stride(), b_scale, *b_scale.stride()[-2:], *maps, *sizes,
         TOKENS=tokens, STAGES=tuned.stages, BAND=tuned.band, PROGRAMS=programs,

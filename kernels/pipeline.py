@@ -16,8 +16,11 @@ from xmoe.config import GroupedMMConfig
 from xmoe.kernels import emulation
 from xmoe.kernels.call import Call, on_device, programs, quantize_weights
 from xmoe.kernels.dispatch import Device, select
+from xmoe.kernels.replay import replayed
 from xmoe.kernels.specs import (
     HAS_TRITON,
+    Arena,
+    Layout,
     Prepared,
     Problem,
     Spec,
@@ -39,8 +42,8 @@ if HAS_TRITON:
     from xmoe.kernels import tiles
 
 __all__ = [
-    "Problem", "Spec", "TensorSpec", "Tensors", "allocate", "backward", "backward_spec", "device_of", "forward",
-    "forward_outputs", "forward_spec", "saves_input", "warm_up",
+    "Arena", "Layout", "Problem", "Spec", "TensorSpec", "Tensors", "allocate", "backward", "backward_spec", "device_of",
+    "forward", "forward_outputs", "forward_spec", "saves_input", "warm_up",
 ]  # fmt: skip
 
 
@@ -65,10 +68,14 @@ def forward(
     if select(config, device).gemm == "emulated":
         emulated_forward(config, A, B, offs, outputs)
         return
-    with on_device(offs):
+
+    def run() -> None:
         call = Call(problem, config, device, offs, scratch)
         a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
         call.grouped_mm(a, B if isinstance(B, Prepared) else B.mT, outputs["out"])
+
+    with on_device(offs):
+        replayed(("forward", problem, config, device), (A, B, offs), (outputs, scratch), run)
 
 
 def backward(
@@ -77,7 +84,7 @@ def backward(
     device: Device,
     dOut: torch.Tensor,
     A_saved: tuple[torch.Tensor, ...],
-    B: torch.Tensor | Prepared,
+    B: torch.Tensor | Prepared | None,
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
@@ -87,19 +94,20 @@ def backward(
     Args:
         dOut: bf16 or fp32 [M, N].
         A_saved: (A,) if `saves_input(config)`, else (a_tokens, a_tokens_scale); unused, and may be (), without ``dB``.
-        B: as in `forward`; prepared along N.
+        B: as in `forward`; prepared along N; unused, and may be None, without ``dA``.
         offs: as in `forward`.
         outputs: ``dA`` contiguous; ``dB`` [G, K, N] contiguous, or the transposed view of a contiguous [G, N, K].
     """
     if select(config, device).gemm == "emulated":
         _emulated_backward(config, dOut, A_saved, B, offs, outputs)
         return
-    with on_device(offs):
-        M, N = dOut.shape
+
+    def run() -> None:
+        own, (M, N) = scratch, dOut.shape
         if "dA" in outputs and "d_tokens" in scratch:  # the rows lie where the tokens will
-            scratch = {**scratch, "d": scratch["d_tokens"].flatten()[: M * N].view(M, N)}
-        call = Call(problem, config, device, offs, scratch)
-        amax, amax_is_known = scratch.get("d_tokens_amax"), False
+            own = {**scratch, "d": scratch["d_tokens"].flatten()[: M * N].view(M, N)}
+        call = Call(problem, config, device, offs, own)
+        amax, amax_is_known = own.get("d_tokens_amax"), False
         if "dA" in outputs:
             rows, amax_is_known = call.rows_and_amax("d", dOut, amax)
             call.grouped_mm(rows, B, outputs["dA"])
@@ -109,8 +117,11 @@ def backward(
             call.wgrad_hp(A_saved[0], dOut, outputs["dB"])
         else:
             a, a_scale = A_saved
-            d_tokens = call.tokens("d_tokens", dOut, scratch, amax, amax_is_known)
+            d_tokens = call.tokens("d_tokens", dOut, own, amax, amax_is_known)
             call.wgrad(call.saved_tokens((a, a_scale), M), d_tokens, M, outputs["dB"])
+
+    with on_device(offs):
+        replayed(("backward", problem, config, device), (dOut, A_saved, B, offs), (outputs, scratch), run)
 
 
 def emulated_forward(config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs: Tensors) -> None:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude, mx_byte, mx_inverse
+from xmoe.kernels.launch import launch
 from xmoe.kernels.quantize_blocks import int8_or_bf16, launch_straight, rows_blocks, square_blocks
 from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
@@ -247,6 +248,17 @@ def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
         tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
 
 
+@triton.jit(do_not_specialize=["count"])
+def _zero(x_ptr, count, BLOCK: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + element, 0, element < count)
+
+
+def zero(x: torch.Tensor) -> None:
+    """`x.zero_()` of a contiguous int32 tensor, as a launch of ours (`replay.py`)."""
+    launch(_zero, (cdiv(x.numel(), 4096),), x, x.numel(), BLOCK=4096)
+
+
 _SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
 
 
@@ -313,7 +325,7 @@ def quantize_rows(
     amax, groups = columns or (None, None)
     fills = amax is not None and C <= LONGEST_ROW
     if fills:
-        amax.zero_()
+        zero(amax)
     if R == 0:
         return fills
     if format == "fp8_rowwise":
@@ -322,7 +334,8 @@ def quantize_rows(
         return fills
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
     block_r = 4096 // block_c
-    rows_blocks[(cdiv(R, block_r), cdiv(C, block_c))](
+    launch(
+        rows_blocks, (cdiv(R, block_r), cdiv(C, block_c)),
         x, *strides, int8_or_bf16(data), _scale_bits(scale), *_block_strides(scale), R, P, C,
         SCALING=_SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
@@ -332,14 +345,16 @@ def quantize_rows(
 
 def _launch_rows_fp8(x, strides, data, scale, amax, groups, kept, R, P, C, programs, gated):
     if C > LONGEST_ROW:
-        _long_rows_fp8[(R,)](
-            x, *strides, data.view(torch.int8), scale, P, C, GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x)
-        )
+        launch(
+            _long_rows_fp8, (R,), x, *strides, data.view(torch.int8), scale, P, C,
+            GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x),
+        )  # fmt: skip
         return
     pieces = row_pieces(C)
     warps, programs_each, stages = row_schedule(pieces, x.element_size(), gated)
     G = 1 if groups is None else groups.shape[0] - 1
-    _rows_fp8[(programs * programs_each,)](
+    launch(
+        _rows_fp8, (programs * programs_each,),
         x, *strides, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G,
         GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
@@ -350,7 +365,8 @@ def _launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False
     """Raises `amax` [G, C] to the largest magnitudes of x, where they are larger. Arguments as in `_launch_columns`."""
     ragged = tiles is not None
     if num_tiles:
-        _columns_amax[(num_tiles, cdiv(C, 64))](
+        launch(
+            _columns_amax, (num_tiles, cdiv(C, 64)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
             GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64,
         )  # fmt: skip
@@ -368,7 +384,8 @@ def _launch_columns(
     if num_tiles:
         block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
         assert data.shape[-1] % 4 == 0, f"data {data.shape}: it is written in words of four"
-        _columns[(num_tiles, cdiv(C, block_c))](
+        launch(
+            _columns, (num_tiles, cdiv(C, block_c)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
             data.view(torch.int32), *(s // 4 for s in data_strides),
             _scale_bits(scale), *scale_strides,
@@ -414,7 +431,8 @@ def quantize_tokens(
     map = tiles, groups, Mp // TOKEN_TILE
     if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
-        _launch_columns_amax(x, G, M, C, amax.zero_(), *map, gated)
+        zero(amax)
+        _launch_columns_amax(x, G, M, C, amax, *map, gated)
     scale_strides = scale.stride()[::-1] if format == "fp8_blockwise" else (0, Mp // MX_BLOCK)
     _launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated)
 
@@ -449,14 +467,15 @@ def quantize_weights(
         if format != "fp8_blockwise":
             quantize_rows(parts[0], format, data, scale, programs)
             return
-        square_blocks[(G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),)](
+        launch(
+            square_blocks, (G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),),
             parts[0], *parts[0].stride(), data.view(torch.int8), scale, P, C,
             BLOCK=FP8_BLOCK, HARDWARE=hardware(parts[0]), num_warps=SQUARE_WARPS,
         )  # fmt: skip
         return
     if format == "fp8_rowwise":
         assert amax is not None, "fp8_rowwise needs amax"
-        amax.zero_()
+        zero(amax)
         for part in parts:
             _launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
     block = SCALE_BLOCKS.get(format, total)

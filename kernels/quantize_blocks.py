@@ -19,6 +19,7 @@ from xmoe.kernels.e4m3 import (
     mx_inverse,
     mx_scale,
 )
+from xmoe.kernels.launch import launch
 from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
 from xmoe.operands import MX_BLOCK, TOKEN_TILE, padded_tokens
@@ -155,7 +156,8 @@ def launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles, g
     assert data.stride()[1:] == (C, 1), f"strides {data.stride()}: expected rows of {C}"
     if num_tiles:
         block_c = straight_block(x.element_size(), gated)
-        columns_straight[(num_tiles * (TOKEN_TILE // MX_BLOCK), cdiv(C, block_c))](
+        launch(
+            columns_straight, (num_tiles * (TOKEN_TILE // MX_BLOCK), cdiv(C, block_c)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
             int8_or_bf16(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
             tiles, groups, G, 0 if ragged else R, C,
@@ -196,7 +198,8 @@ def dequantize_tokens_straight(
     (M, C), G = data.shape, groups.shape[0] - 1
     blocks = padded_tokens(M, G) // MX_BLOCK
     if blocks:
-        dequantize_straight[(blocks, cdiv(C, 512))](
+        launch(
+            dequantize_straight, (blocks, cdiv(C, 512)),
             data.view(torch.int8), scale.view(torch.uint8), out, tiles, groups, G, C,
             BLOCK_R=TOKEN_TILE, BLOCK_C=512, HARDWARE=HARDWARE, num_warps=1,
         )  # fmt: skip

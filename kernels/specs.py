@@ -3,7 +3,8 @@
 M tokens, K contraction of the forward, N output features, G groups, Mp padded tokens (`xmoe.operands`).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -219,3 +220,54 @@ def gemm_tiles(kernel: str, elements: Elements, p: Problem, config: GroupedMMCon
 def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, torch.Tensor]:
     """Uninitialised tensors by their specs."""
     return {name: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device=device) for name, s in specs.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+class Layout:
+    """Where each tensor of some specs lies in one piece of memory; those `elsewhere`, at the start of another tensor's.
+    Equal to itself alone."""
+
+    ALIGNMENT = 256
+    """Bytes. TMA asks for 16."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], elsewhere: Sequence[str] = ()):
+        self.places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
+        """Name -> (first byte, byte past the last, shape, dtype)."""
+        self.bytes = 0
+        for name, spec in specs.items():
+            dtype = getattr(torch, spec.dtype)
+            start = 0 if name in elsewhere else self.bytes
+            end = start + math.prod(spec.shape) * dtype.itemsize
+            self.places[name] = start, end, spec.shape, dtype
+            if name not in elsewhere:
+                self.bytes = -(-end // self.ALIGNMENT) * self.ALIGNMENT
+
+
+class Arena(Mapping[str, torch.Tensor]):
+    """Uninitialised tensors by a layout: one allocation, and a view for each that is asked for. (An allocation takes
+    2 us of host time, a view 3; `xmoe.kernels.replay` asks for none.)"""
+
+    def __init__(self, layout: Layout, device: torch.device, elsewhere: Tensors | None = None):
+        """`elsewhere`: the tensors, contiguous, on whose memory those that the layout has elsewhere lie."""
+        self.layout, self._elsewhere = layout, elsewhere or {}
+        self.memory = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
+        self._views: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        view = self._views.get(name)
+        if view is None:
+            start, end, shape, dtype = self.layout.places[name]
+            memory = self.memory if name not in self._elsewhere else self._elsewhere[name].view(torch.uint8).flatten()
+            view = self._views[name] = memory[start:end].view(dtype).view(shape)
+        return view
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.places)
+
+    def __len__(self) -> int:
+        return len(self.layout.places)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from xmoe.kernels.launch import launch
 from xmoe.kernels.tiles import cdiv
 
 BLOCK = 1024
@@ -67,7 +68,7 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     R, H = out.shape
     assert gate_up.shape == (R, 2 * H), f"gate_up {gate_up.shape}: expected {(R, 2 * H)}"
     if R:
-        _swiglu[(R, cdiv(H, BLOCK))](gate_up, out, R, H, BLOCK=BLOCK)
+        launch(_swiglu, (R, cdiv(H, BLOCK)), gate_up, out, R, H, BLOCK=BLOCK)
 
 
 def swiglu_gradient_(dh: torch.Tensor, gate_up: torch.Tensor) -> None:
@@ -75,4 +76,4 @@ def swiglu_gradient_(dh: torch.Tensor, gate_up: torch.Tensor) -> None:
     R, H = dh.shape
     assert gate_up.shape == (R, 2 * H), f"gate_up {gate_up.shape}: expected {(R, 2 * H)}"
     if R:
-        _swiglu_gradient[(R, cdiv(H, BLOCK))](dh, gate_up, R, H, BLOCK=BLOCK)
+        launch(_swiglu_gradient, (R, cdiv(H, BLOCK)), dh, gate_up, R, H, BLOCK=BLOCK)

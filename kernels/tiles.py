@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from xmoe.kernels.launch import launch
+
 TILE_FIELDS = 4
 """int32 fields of a row of the map, three of them used: 16 bytes keep rows aligned."""
 
@@ -80,8 +82,8 @@ def map_tiles(offs: torch.Tensor, M: int, tile: int, tiles: torch.Tensor, groups
     """
     G = offs.shape[0]
     block = 1 << (G - 1).bit_length()
-    # One warp up to 1024 groups; at 4096 its scan would spill.
-    _map_tiles[(G + 1,)](offs, tiles, groups, M, G, TILE=tile, G_BLOCK=block, num_warps=1 if block <= 1024 else 4)
+    warps = 1 if block <= 1024 else 4  # at 4096 groups the scan of one warp would spill
+    launch(_map_tiles, (G + 1,), offs, tiles, groups, M, G, TILE=tile, G_BLOCK=block, num_warps=warps)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -4,6 +4,7 @@ M = tokens, D = model width, H = hidden width of an expert, G = experts. What th
 three grouped GEMMs, is in `xmoe.kernels.experts`.
 """
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -24,10 +25,12 @@ from xmoe.torch_backend.ops import (
     Specs,
     aligned,
     allocate,
+    arena,
     as_torch,
     backward_op,
     check_offsets,
     fake_implementation,
+    layout,
     pack,
     unpack,
 )
@@ -103,7 +106,9 @@ class _Plan(NamedTuple):
     config: GroupedMMConfig
     view: Device
     outputs: Specs
-    scratch: Specs
+    scratch: pipeline.Layout | None
+    d_in_dh: bool = False
+    """Whether the scratch ``d`` of the dgrad lies on the memory of dh."""
 
 
 def _check(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> None:
@@ -147,7 +152,12 @@ def _plan(
         spec = experts.dgrad_spec(e, config, view, prepared)
     else:
         spec = experts.wgrad_spec(e, config, view)
-    return _Plan(e, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
+    outputs = as_torch(spec.outputs)
+    if stage == "dgrad" and "d" in spec.scratch:
+        d = spec.scratch["d"]
+        if math.prod(d.shape) * getattr(torch, d.dtype).itemsize <= M * H * x_dtype.itemsize:
+            return _Plan(e, config, view, outputs, pipeline.Layout(spec.scratch, elsewhere=("d",)), d_in_dh=True)
+    return _Plan(e, config, view, outputs, layout(spec))
 
 
 # ----------------------------------------------------------------------------------------------------------------- ops
@@ -195,7 +205,7 @@ def swiglu_experts_forward(
     plan = _plan("forward", x.shape[0], w1.shape, x.dtype, w1.dtype, x.device, config_key, save, bool(prepared))
     if plan.config.debug:
         check_offsets(offs, x.shape[0])
-    outputs, scratch = allocate(plan.outputs, x.device), allocate(plan.scratch, x.device)
+    outputs, scratch = allocate(plan.outputs, x.device), arena(plan.scratch, x.device)
     x = aligned(x.contiguous())
     b1, b2, b3 = _unpack(prepared, 3) if prepared else (aligned(w.contiguous()) for w in (w1, w2, w3))
     experts.forward(plan.experts, plan.config, plan.view, x, b1, b2, b3, offs.contiguous(), outputs, scratch)
@@ -238,24 +248,11 @@ def swiglu_experts_dgrad(
     if not need_dx:
         experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, (w1, w3), offs, {}, {})
         return dh.new_empty(0), dh.new_empty(0)
-    outputs = allocate(plan.outputs, dh.device)
-    scratch = {name: _inside(dh, shape, dtype) if name == "d" else None for name, shape, dtype in plan.scratch}
-    rest = tuple(spec for spec in plan.scratch if scratch[spec[0]] is None)
-    tensors = {**scratch, **allocate(rest, dh.device)}
+    outputs, dh = allocate(plan.outputs, dh.device), dh.contiguous()
+    scratch = {} if plan.scratch is None else pipeline.Arena(plan.scratch, dh.device, {"d": dh} if plan.d_in_dh else {})
     w13 = unpack(prepared) if prepared else [aligned(w.contiguous()) for w in (w1, w3)]
-    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w13, offs.contiguous(), outputs, tensors)
+    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w13, offs.contiguous(), outputs, scratch)
     return outputs["dx"], outputs["amax"] if "amax" in outputs else dh.new_empty(0)
-
-
-def _inside(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """A tensor on the memory of another, if it fits."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    size = numel * dtype.itemsize
-    if not memory.is_contiguous() or size > memory.nbytes:
-        return None
-    return memory.view(torch.uint8).flatten()[:size].view(dtype).view(shape)
 
 
 @torch.library.register_fake("xmoe::swiglu_experts_dgrad", lib=LIBRARY)
@@ -278,7 +275,7 @@ def swiglu_experts_wgrad(
 ) -> tuple[Tensor, Tensor]:
     """``(dw1, dw3)`` [G, H, D] in the dtype of w1, from what `swiglu_experts_dgrad` has made of gate_up."""
     plan = _plan("wgrad", d_gate_up.shape[0], w1.shape, d_gate_up.dtype, w1.dtype, d_gate_up.device, config_key)
-    outputs, scratch = allocate(plan.outputs, d_gate_up.device), allocate(plan.scratch, d_gate_up.device)
+    outputs, scratch = allocate(plan.outputs, d_gate_up.device), arena(plan.scratch, d_gate_up.device)
     saved = tuple(x_saved)
     if pipeline.saves_input(plan.config):
         saved = tuple(aligned(x.contiguous()) for x in saved)

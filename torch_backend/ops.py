@@ -44,7 +44,8 @@ class _Plan(NamedTuple):
     config: GroupedMMConfig
     view: Device
     outputs: Specs
-    scratch: Specs
+    scratch: pipeline.Layout | None
+    """None where there is no scratch."""
 
 
 def as_torch(specs: dict[str, pipeline.TensorSpec]) -> Specs:
@@ -53,6 +54,14 @@ def as_torch(specs: dict[str, pipeline.TensorSpec]) -> Specs:
 
 def allocate(specs: Specs, device: torch.device) -> dict[str, Tensor]:
     return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in specs}
+
+
+def layout(spec: pipeline.Spec) -> pipeline.Layout | None:
+    return pipeline.Layout(spec.scratch) if spec.scratch else None
+
+
+def arena(layout: pipeline.Layout | None, device: torch.device) -> pipeline.Tensors:
+    return {} if layout is None else pipeline.Arena(layout, device)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -126,7 +135,7 @@ def _forward_plan(
     problem = _problem(A_shape[0], B_shape, A_dtype, B_dtype, _out_dtype(config, A_dtype))
     view = pipeline.device_of(devices[0].type, devices[0].index)
     spec = pipeline.forward_spec(problem, config, view, save_tokens, prepared)
-    return _Plan(problem, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
+    return _Plan(problem, config, view, as_torch(spec.outputs), layout(spec))
 
 
 def _out_dtype(config: GroupedMMConfig, A_dtype: torch.dtype) -> str:
@@ -168,7 +177,7 @@ def grouped_mm_forward(
     )  # fmt: skip
     if plan.config.debug:
         check_offsets(offs, A.shape[0])
-    outputs, scratch = allocate(plan.outputs, A.device), allocate(plan.scratch, A.device)
+    outputs, scratch = allocate(plan.outputs, A.device), arena(plan.scratch, A.device)
     A, b, offs = aligned(A.contiguous()), unpack(prepared) if prepared else aligned(B), offs.contiguous()
     pipeline.forward(plan.problem, plan.config, plan.view, A, b, offs, outputs, scratch)
     if "a_tokens" in outputs:
@@ -239,7 +248,7 @@ def _backward_plan(
     problem = _problem(M, B_shape, A_dtype, B_dtype, DTYPES[dOut_dtype])
     view = pipeline.device_of(device.type, device.index)
     spec = pipeline.backward_spec(problem, config, view, need_dA, need_dB, prepared)
-    return _Plan(problem, config, view, as_torch(spec.outputs), as_torch(spec.scratch))
+    return _Plan(problem, config, view, as_torch(spec.outputs), layout(spec))
 
 
 def _empty_dB(B: Tensor) -> Tensor:
@@ -279,7 +288,7 @@ def grouped_mm_backward(
         name: _empty_dB(B) if name == "dB" else torch.empty(shape, dtype=dtype, device=device)
         for name, shape, dtype in plan.outputs
     }
-    scratch = allocate(plan.scratch, device)
+    scratch = arena(plan.scratch, device)
     dOut, b, offs = aligned(dOut.contiguous()), unpack(prepared) if prepared else aligned(B), offs.contiguous()
     saved = tuple(A_saved)
     if pipeline.saves_input(plan.config):

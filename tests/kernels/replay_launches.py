@@ -1,0 +1,191 @@
+"""Run by test_launch.py in a process without the interpreter: what is launched directly and what is replayed, beside
+what Triton is asked to launch for the same tensors. Nothing is compiled or run; exit status 1 names what differs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
+from triton.runtime import jit
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.kernels.fake_cuda import CPU, Driver, pretend
+from xmoe import config_from_recipe
+from xmoe.kernels import experts, launch, pipeline, replay
+from xmoe.kernels.dispatch import Device
+
+TARGET = GPUTarget("cuda", 90, 32)
+NOT_REPLAYED = {
+    *(("bf16", call, "float32") for call in ("forward", "backward", "experts", "dgrad", "wgrad")),
+    *(("fp8_rowwise_wgrad_with_hp", call, "float32") for call in ("backward", "wgrad")),
+    ("bf16", "dgrad", "bfloat16"),
+}
+"""(recipe, call, dtype) whose operands torch casts to bf16, or puts side by side."""
+launches: list[tuple[Any, ...]] = []
+by_triton = 0
+binders: dict[jit.JITFunction, Any] = {}
+
+
+def plain(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return arg.data_ptr()
+    if hasattr(arg, "padding"):  # a descriptor
+        block = getattr(arg, "block", None) or arg.block_shape
+        return (
+            arg.base.data_ptr(),
+            *map(tuple, (arg.shape, arg.strides, block)),
+            arg.padding,
+            getattr(arg, "round_f32_to_tf32", False),
+        )
+    return arg
+
+
+class Compiled(CompiledKernel):
+    """A kernel whose launch is noted with what it was compiled for."""
+
+    def __init__(self, kernel: jit.JITFunction, specialization: str, options: dict[str, Any]):
+        self.src, self.metadata = SimpleNamespace(fn=kernel), SimpleNamespace(target=TARGET)
+        self.function, self.packed_metadata = id(self), (4, 1, 0)
+        self.what = kernel.fn.__name__, specialization, str(sorted(options.items()))
+        self.constants = sum(param.is_constexpr for param in kernel.params)
+
+    @property
+    def run(self) -> Callable[..., None]:
+        def run(x, y, z, stream, function, packed, metadata, enter, leave, *args):
+            assert (stream, function, packed) == (Driver.stream, self.function, self.packed_metadata), self.what
+            assert (metadata, enter, leave) == (None, None, None), f"{self.what} has hooks"
+            launches.append((*self.what, (x, y, z), *map(plain, args[: -self.constants])))
+
+        return run
+
+
+def run_by_triton(self: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Compiled:
+    """In place of JITFunction.run."""
+    global by_triton
+    by_triton += 1
+    if self not in binders:
+        binders[self] = jit.create_function_from_signature(self.signature, self.params, CUDABackend(TARGET))
+    _, specialization, _ = binders[self](*args, debug=False, **options)
+    compiled = Compiled(self, str(specialization), options)
+    launches.append((*compiled.what, (*grid, 1, 1)[:3], *map(plain, args)))
+    return compiled
+
+
+def noted(call: Callable[[], None]) -> tuple[list[tuple[Any, ...]], int]:
+    """The launches of a call, and how many of them Triton was asked for."""
+    global by_triton
+    launches.clear()
+    by_triton = 0
+    call()
+    return list(launches), by_triton
+
+
+def tensor(dtype: str, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+layouts: dict[int, pipeline.Layout] = {}
+
+
+def scratch_of(spec: pipeline.Spec, arena: bool, dh: torch.Tensor | None = None) -> pipeline.Tensors:
+    """As JAX gives it, a buffer each, or as torch does, in an arena, with ``d`` where `dh` is, if it fits."""
+    if not arena:
+        return pipeline.allocate(spec.scratch, CPU)
+    d = spec.scratch.get("d")
+    fits = dh is not None and d is not None and tensor(d.dtype, *d.shape).nbytes <= dh.nbytes
+    elsewhere = {"d": dh} if fits else {}
+    return pipeline.Arena(layouts.setdefault(id(spec), pipeline.Layout(spec.scratch, tuple(elsewhere))), CPU, elsewhere)
+
+
+def grouped_mm(config: Any, view: Device, dtypes: tuple[str, str, str], stored: str, arena: bool, prepared: bool):
+    """Forward and backward, on tensors of their own."""
+    p = pipeline.Problem(1000, 64, 48, 8, *dtypes)
+    A, B, dOut = tensor(dtypes[0], p.M, p.K), tensor(dtypes[1], p.G, p.K, p.N), tensor(dtypes[2], p.M, p.N)
+    forward = pipeline.forward_spec(p, config, view, prepared=prepared)
+    backward = pipeline.backward_spec(p, config, view, prepared=prepared)
+    outputs, grads, offs = (
+        pipeline.allocate(forward.outputs, CPU),
+        pipeline.allocate(backward.outputs, CPU),
+        OFFS.clone(),
+    )
+    if stored == "GNK":
+        B, grads["dB"] = B.mT.contiguous().mT, grads["dB"].view(p.G, p.N, p.K).mT
+    by_k, by_n = (pipeline.prepare_weights(p, config, view, b) for b in (B.mT, B)) if prepared else (B, B)
+    saved = (A,) if pipeline.saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
+    scratch = scratch_of(forward, arena), scratch_of(backward, arena)
+    return (
+        lambda: pipeline.forward(p, config, view, A, by_k, offs, outputs, scratch[0]),
+        lambda: pipeline.backward(p, config, view, dOut, saved, by_n, offs, grads, scratch[1]),
+    )
+
+
+def swiglu_experts(config: Any, view: Device, dtypes: tuple[str, str, str], _: str, arena: bool, prepared: bool):
+    """Forward, dgrad and wgrad, on tensors of their own."""
+    e = experts.Experts(1000, 64, 128, 8, *dtypes)
+    x, dh, offs = tensor(dtypes[0], e.M, e.D), tensor(dtypes[0], e.M, e.H), OFFS.clone()
+    w1, w2, w3 = (tensor(dtypes[1], e.G, *shape) for shape in ((e.H, e.D), (e.D, e.H), (e.H, e.D)))
+    w13 = w1, w3
+    if prepared:
+        w1, w2, w3, _, w13 = experts.prepare_weights(e, config, view, w1, w2, w3)
+    specs = (
+        experts.forward_spec(e, config, view, prepared=prepared),
+        experts.dgrad_spec(e, config, view, prepared=prepared),
+        experts.wgrad_spec(e, config, view),
+    )
+    out, grads, dw = (pipeline.allocate(spec.outputs, CPU) for spec in specs)
+    scratch = [scratch_of(specs[0], arena), scratch_of(specs[1], arena, dh), scratch_of(specs[2], arena)]
+    if not arena:  # JAX has it among the outputs, too
+        grads["gate_up"] = out["gate_up"]
+    saved = (x,) if pipeline.saves_input(config) else (out["x_tokens"], out["x_tokens_scale"])
+    amax = grads.get("amax")
+    return (
+        lambda: experts.forward(e, config, view, x, w1, w2, w3, offs, out, scratch[0]),
+        lambda: experts.dgrad(e, config, view, dh, out["gate_up"], w13, offs, grads, scratch[1]),
+        lambda: experts.wgrad(e, config, view, out["gate_up"], amax, saved, offs, dw, scratch[2]),
+    )
+
+
+def check(make: Callable[..., tuple[Callable[[], None], ...]], *args: Any) -> list[str]:
+    """What differs: each call is run, recorded and replayed, on other tensors each time."""
+    versions, wrong = [make(*args) for _ in range(3)], []
+    for index, (first, second, third) in enumerate(zip(*versions, strict=True)):
+        for name, call, most in (("first", first, 99), ("recorded", second, 0), ("replayed", third, 0)):
+            got, asked = noted(call)
+            launch.KNOWN = False
+            launch.DIRECT = False
+            want, _ = noted(call)
+            launch.KNOWN = launch.DIRECT = True
+            if got != want or not want or asked > most:
+                wrong.append(f"{make.__name__}{args} {index} {name}: {len(got)} launches, {asked} of them by Triton")
+    return wrong
+
+
+assert launch.DIRECT, f"triton is not known here: {launch.KNOWN=}"
+pretend()
+jit.JITFunction.run = run_by_triton
+OFFS = torch.full((8,), 1000, dtype=torch.int32)
+wrong, unreplayed = [], set()
+for capability in ((9, 0), (10, 0)):
+    view = Device("cuda", capability)
+    launch._compiled.clear()
+    for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"):
+        config = config_from_recipe(recipe)
+        for dtypes in (("bfloat16",) * 3, ("float32",) * 3):
+            cases = ("GKN", True, False), ("GNK", True, False), ("GNK", False, False)
+            if recipe != "bf16":
+                cases += ("GKN", True, True), ("GNK", False, True)
+            for stored, arena, prepared in cases:
+                for make in (grouped_mm, swiglu_experts):
+                    replay._calls.clear()
+                    wrong += check(make, config, view, dtypes, stored, arena, prepared)
+                    unreplayed |= {(recipe, key[0][0], dtypes[0]) for key, c in replay._calls.items() if not c.steps}
+wrong += [f"{case}: replayed or not, unlike NOT_REPLAYED" for case in sorted(unreplayed ^ NOT_REPLAYED)]
+if not any(kernel.fn.__name__ == "_blockwise" for kernel in binders):
+    wrong.append("nothing was launched in Gluon")
+print(*wrong, sep="\n")
+sys.exit(bool(wrong))
