@@ -109,6 +109,7 @@ def backward(
         call = Call(problem, config, device, offs, own)
         amax, amax_is_known = own.get("d_tokens_amax"), False
         if "dA" in outputs:
+            assert B is not None, "dA needs B"
             rows, amax_is_known = call.rows_and_amax("d", dOut, amax)
             call.grouped_mm(rows, B, outputs["dA"])
         if "dB" not in outputs:

@@ -124,6 +124,21 @@ def grouped_mm(config: Any, view: Device, dtypes: tuple[str, str, str], stored: 
     )
 
 
+def one_gradient(config: Any, view: Device, dtypes: tuple[str, str, str], stored: str, arena: bool, prepared: bool):
+    """Backward for dA and for dB, with no more than each needs."""
+    p = pipeline.Problem(1000, 64, 48, 8, *dtypes)
+    A, B, dOut = tensor(dtypes[0], p.M, p.K), tensor(dtypes[1], p.G, p.K, p.N), tensor(dtypes[2], p.M, p.N)
+    b, offs = pipeline.prepare_weights(p, config, view, B) if prepared else B, OFFS.clone()
+    tokens = pipeline.allocate(pipeline.forward_spec(p, config, view).outputs, CPU)
+    saved = (A,) if pipeline.saves_input(config) else (tokens["a_tokens"], tokens["a_tokens_scale"])
+    specs = [pipeline.backward_spec(p, config, view, *needs, prepared) for needs in ((True, False), (False, True))]
+    (dA, dB), scratch = (pipeline.allocate(spec.outputs, CPU) for spec in specs), [scratch_of(s, arena) for s in specs]
+    return (
+        lambda: pipeline.backward(p, config, view, dOut, (), b, offs, dA, scratch[0]),
+        lambda: pipeline.backward(p, config, view, dOut, saved, None, offs, dB, scratch[1]),
+    )
+
+
 def swiglu_experts(config: Any, view: Device, dtypes: tuple[str, str, str], _: str, arena: bool, prepared: bool):
     """Forward, dgrad and wgrad, on tensors of their own."""
     e = experts.Experts(1000, 64, 128, 8, *dtypes)
@@ -180,7 +195,7 @@ for capability in ((9, 0), (10, 0)):
             if recipe != "bf16":
                 cases += ("GKN", True, True), ("GNK", False, True)
             for stored, arena, prepared in cases:
-                for make in (grouped_mm, swiglu_experts):
+                for make in (grouped_mm, one_gradient, swiglu_experts):
                     replay._calls.clear()
                     wrong += check(make, config, view, dtypes, stored, arena, prepared)
                     unreplayed |= {(recipe, key[0][0], dtypes[0]) for key, c in replay._calls.items() if not c.steps}

@@ -7,7 +7,7 @@ import torch
 from tests.kernels.backends import INTERPRETER_WORKS
 from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, TritonGemm, poisoned
 from xmoe import RECIPES, config_from_recipe, oracle
-from xmoe.kernels import call, e4m3, emulation, experts, pipeline
+from xmoe.kernels import call, e4m3, emulation, experts, pipeline, replay
 from xmoe.kernels.dispatch import Device
 from xmoe.shapes import PATTERNS, offsets
 
@@ -125,6 +125,20 @@ def test_recipes(recipe, pattern):
 def test_float32_and_long_rows(recipe):
     Run(recipe, "uneven", dtype=torch.float32).check()
     Run(recipe, "short", H=16384 + 128).check()  # rows that do not fit into registers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"])
+def test_calls_that_come_again(recipe, monkeypatch):
+    """On other memory: every result is kept."""
+    monkeypatch.setattr(replay, "_calls", {})
+    run = Run(recipe, "uneven")
+    first, *others = [run() for _ in range(4)]
+    for other in others:
+        for name, x in other.items():
+            assert torch.equal(x, first[name]), name
+    run_each_time = {facts[0] for (facts, *_), call in replay._calls.items() if not call.steps}
+    assert run_each_time == ({"dgrad"} if recipe == "bf16" else set())  # torch puts bf16 weights side by side
 
 
 @pytest.mark.gpu

@@ -478,13 +478,24 @@ def test_a_second_gpu_has_kernels_of_its_own():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"])
-def test_replayed_calls_give_the_bits_of_run_ones(recipe, monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "prepared"),
+    [
+        *(
+            (name, False)
+            for name in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil")
+        ),
+        *((name, True) for name in ("fp8_rowwise", "fp8_blockwise", "mxfp8_rceil")),
+    ],
+)
+def test_replayed_calls_give_the_bits_of_run_ones(recipe, prepared, monkeypatch):
     """The same problem on other data, offsets and memory each time, beside a call that Triton launches."""
     config, M, K, N, G = config_from_recipe(recipe), 512, 128, 256, 4
     device = pipeline.device_of("cuda", 0)
     problem = pipeline.Problem(M, N, K, G)
-    specs = pipeline.forward_spec(problem, config, device), pipeline.backward_spec(problem, config, device)
+    specs = [
+        spec(problem, config, device, prepared=prepared) for spec in (pipeline.forward_spec, pipeline.backward_spec)
+    ]
     layouts = [pipeline.Layout(spec.scratch) for spec in specs]
     monkeypatch.setattr(replay, "_calls", {})
 
@@ -493,9 +504,12 @@ def test_replayed_calls_give_the_bits_of_run_ones(recipe, monkeypatch):
         for x in (*outputs.values(), *grads.values()):
             x.view(torch.uint8).fill_(0x7F)
         scratch = [pipeline.Arena(layout, A.device) for layout in layouts]
-        pipeline.forward(problem, config, device, A, B, offs, outputs, scratch[0])
+        by_k, by_n = B, B
+        if prepared:
+            by_k, by_n = (pipeline.prepare_weights(problem, config, device, b) for b in (B.mT, B))
+        pipeline.forward(problem, config, device, A, by_k, offs, outputs, scratch[0])
         saved = (A,) if pipeline.saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
-        pipeline.backward(problem, config, device, dOut, saved, B, offs, grads, scratch[1])
+        pipeline.backward(problem, config, device, dOut, saved, by_n, offs, grads, scratch[1])
         return [outputs["out"], *grads.values()]
 
     kept = []
