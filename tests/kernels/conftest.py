@@ -1,4 +1,6 @@
-"""The `backend` fixture of the kernel tests."""
+"""Fixtures of the kernel tests: the machine under the kernels, or one that no kernel reaches."""
+
+from typing import Any
 
 import pytest
 
@@ -16,3 +18,35 @@ def backend(request: pytest.FixtureRequest):
     if request.param is Interpreter and not INTERPRETER_WORKS:
         pytest.skip("this triton's interpreter needs numpy < 2.4")
     return request.param
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A device that no kernel reaches; the arguments of Triton's own launches."""
+    from triton.runtime import JITFunction, driver
+
+    from tests.kernels.fake_cuda import Driver
+    from xmoe.kernels import launch
+
+    seen: list[Any] = []
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **options: seen.append(args))
+    monkeypatch.setattr(launch, "_compiled", {})
+    return seen
+
+
+@pytest.fixture
+def compiled(fake_gpu: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Where the direct launches go; Triton's own still go to `fake_gpu`."""
+    from triton.runtime import JITFunction
+
+    from tests.kernels.fake_cuda import FakeCompiled
+
+    calls: list[Any] = []
+
+    def run(self: JITFunction, *args: Any, **_: Any) -> FakeCompiled:
+        fake_gpu.append(args)
+        return FakeCompiled(self, calls)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return calls
