@@ -113,7 +113,7 @@ def forward_spec(
         for name, tensor in pipeline.forward_spec(problem, config, device, save, prepared).scratch.items():
             spec.scratch[name if _is_map(name) else f"{part}.{name}"] = tensor
     spec.scratch.pop("out.b", None)  # as many bytes as in.b
-    if save and config.format == "fp8_rowwise" and not saves_input(config):
+    if save and config.format == "fp8_rowwise" and not saves_input(config) and e.H <= LONGEST_ROW:
         spec.scratch["out.kept"] = TensorSpec((e.M, e.H), e.x_dtype)
     return spec
 

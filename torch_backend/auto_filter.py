@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from xmoe.config import as_config
 from xmoe.torch_backend.quantize import FilterFn
 
 FLOPS = {"bf16": 640e12, "fp8_rowwise": 1300e12, "fp8_blockwise": 1020e12}
@@ -17,7 +16,11 @@ def expected_speedup(N: int, K: int, tokens_per_expert: float, format: str = "fp
     3 GEMMs of 2 · tokens · N · K operations; 6 bytes of quantizers for each element of A and of the gradient of the
     output, 8 for each weight. The constants are fitted to ``benchmarks/results``: within 10% of what was measured,
     but for calls of less than 1.6 ms, which in eager mode wait for the host.
+
+    Raises ValueError for another format than fp8_rowwise and fp8_blockwise.
     """
+    if format not in ("fp8_rowwise", "fp8_blockwise"):
+        raise ValueError(f"format={format!r} has no measured rule; use fp8_rowwise or fp8_blockwise")
     operations = 6.0 * tokens_per_expert * N * K
     quantized = 6.0 * tokens_per_expert * (N + K) + 8.0 * N * K
     bf16 = operations / FLOPS["bf16"]
@@ -33,15 +36,15 @@ def auto_filter(tokens_per_expert: float, recipe: str = "fp8_rowwise", *, least:
 
     Args:
         tokens_per_expert: rows that an expert multiplies in one step, on average.
-        recipe: "fp8_rowwise" or "fp8_blockwise", the recipes that are faster than bf16 on sm_90, or one of their
-            variants. MXFP8's numerics are not there for speed on such a GPU.
+        recipe: "fp8_rowwise" or "fp8_blockwise". The rule knows their defaults alone; and MXFP8's numerics are not
+            there for speed on such a GPU.
         least: the speedup below which it does not pay (`expected_speedup`).
 
     Raises:
-        ValueError: a recipe of another format; tokens_per_expert not positive.
+        ValueError: another recipe; tokens_per_expert not positive.
     """
-    format = as_config(recipe).format
-    if format == "bf16" or format not in FLOPS:
+    format = recipe
+    if format not in ("fp8_rowwise", "fp8_blockwise"):
         raise ValueError(f"recipe={recipe!r} has no measured rule; use fp8_rowwise or fp8_blockwise")
     if not tokens_per_expert > 0:
         raise ValueError(f"tokens_per_expert={tokens_per_expert}; give the rows of an expert in one step, above 0")

@@ -41,7 +41,8 @@ def swiglu_experts(
 
     The forward's GEMMs have the numbers of `scaled_grouped_mm`; the SwiGLU between them is computed in float32 and
     rounded once; the gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not
-    divide H (32 in MX formats, 128 in ``fp8_blockwise``), and only there, it is three `scaled_grouped_mm`.
+    divide H (32 in MX formats, 128 in ``fp8_blockwise``), and only there, it is three `scaled_grouped_mm`. The backward
+    overwrites what the forward saved, unless the graph is retained: a saved-tensor hook that keeps it will see that.
 
     Args:
         x: bf16 or fp32 [M, D]. Expert g owns the rows ``offs[g-1]:offs[g]``.
@@ -65,7 +66,8 @@ def swiglu_experts(
 
 def swiglu_experts_by_key(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str) -> Tensor:
     """`swiglu_experts` with the config as its key, the form that the ops carry."""
-    if not _fuses(config_key, w1.shape[1]):
+    if w1.ndim == 3 and not _fuses(config_key, w1.shape[1]):
+        _check(x, w1, w2, w3, offs)
         h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
         return grouped_mm_by_key(h, w2.mT, offs, config_key)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3))
@@ -353,10 +355,10 @@ class _SwigluExperts(torch.autograd.Function):
         ctx.config_key, ctx.takes_input = config_key, pipeline.saves_input(config_from_key(config_key))
         need_x, need_h = ctx.needs_input_grad[1] or ctx.needs_input_grad[3], ctx.needs_input_grad[2]
         x_saved, h_saved = ((x,) if ctx.takes_input else tokens[:2]), (() if ctx.takes_input else tokens[2:])
-        of_dgrad = prepared_dgrad or ()
-        ctx.counts = len(of_dgrad), len(x_saved) * need_x
+        ctx.prepared = tuple(prepared_dgrad or ())  # not saved tensors: their number must not depend on a cache
+        ctx.count = len(x_saved) * need_x
         activations = (*(x_saved if need_x else ()), *(h_saved if need_h else ()))
-        ctx.save_for_backward(gate_up, w1, w2, w3, offs, *of_dgrad, *activations)
+        ctx.save_for_backward(gate_up, w1, w2, w3, offs, *activations)
         return out, gate_up, *tokens
 
     @staticmethod
@@ -373,9 +375,9 @@ class _SwigluExperts(torch.autograd.Function):
         if dout is None or not any(ctx.needs_input_grad):
             return (None,) * 8
         gate_up, w1, w2, w3, offs, *saved = ctx.saved_tensors
-        prepared, saved = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
-        x_saved, h_saved = saved[: ctx.counts[1]], saved[ctx.counts[1] :]
-        of_w2, of_w13 = prepared[: len(prepared) // 2], prepared[len(prepared) // 2 :]
+        x_saved, h_saved = saved[: ctx.count], saved[ctx.count :]
+        each = len(ctx.prepared) // 2
+        of_w2, of_w13 = ctx.prepared[:each], ctx.prepared[each:]
         # The gradient of gate_up takes its place: the largest tensor here, and free after this, unless the graph stays.
         if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             gate_up = gate_up.clone()
