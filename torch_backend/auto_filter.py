@@ -19,12 +19,16 @@ def expected_speedup(N: int, K: int, tokens_per_expert: float, format: str = "fp
 
     Raises ValueError for another format than fp8_rowwise and fp8_blockwise.
     """
-    if format not in ("fp8_rowwise", "fp8_blockwise"):
-        raise ValueError(f"format={format!r} has no measured rule; use fp8_rowwise or fp8_blockwise")
+    _check("format", format)
     operations = 6.0 * tokens_per_expert * N * K
     quantized = 6.0 * tokens_per_expert * (N + K) + 8.0 * N * K
     bf16 = operations / FLOPS["bf16"]
     return bf16 / (operations / FLOPS[format] + quantized / BYTES)
+
+
+def _check(name: str, value: str) -> None:
+    if value == "bf16" or value not in FLOPS:
+        raise ValueError(f"{name}={value!r} has no measured rule; use fp8_rowwise or fp8_blockwise")
 
 
 def auto_filter(tokens_per_expert: float, recipe: str = "fp8_rowwise", *, least: float = 1.05) -> FilterFn:
@@ -43,15 +47,13 @@ def auto_filter(tokens_per_expert: float, recipe: str = "fp8_rowwise", *, least:
     Raises:
         ValueError: another recipe; tokens_per_expert not positive.
     """
-    format = recipe
-    if format not in ("fp8_rowwise", "fp8_blockwise"):
-        raise ValueError(f"recipe={recipe!r} has no measured rule; use fp8_rowwise or fp8_blockwise")
+    _check("recipe", recipe)
     if not tokens_per_expert > 0:
         raise ValueError(f"tokens_per_expert={tokens_per_expert}; give the rows of an expert in one step, above 0")
 
     def pays(module: nn.Module, fqn: str) -> bool:
         weights = [p.shape for p in module.parameters(recurse=False) if p.ndim == 3]
-        speedups = (expected_speedup(N, K, tokens_per_expert, format) for _, N, K in weights)
+        speedups = (expected_speedup(N, K, tokens_per_expert, recipe) for _, N, K in weights)
         return bool(weights) and min(speedups) >= least
 
     return pays
