@@ -88,6 +88,8 @@ def _bwd(plan: ExpertsPlan, residuals: Any, dout: Any) -> tuple[jax.Array | None
     if h_saved == ():
         h_saved = (bridge.swiglu(gate_up, plan) if _has_kernels(plan) else emulation.swiglu(gate_up),)
     need_dh = need_dx or x_saved is not None
+    if not need_dh and h_saved is None:
+        return None, None, None, None, None
     dh, dw2 = gemm_backward(plan.of_output, dout, h_saved, w2 if need_dh else None, offs)
     dx = dw1 = dw3 = None
     if need_dh:

@@ -9,7 +9,7 @@ What three separate grouped GEMMs cannot have:
 - x is quantized once for w1 and w3, and its tokens once for both weight gradients;
 - h is rounded once, quantized as it is made, and not saved;
 - the gradient of x is one GEMM over [dg | du] and [w1 ; w3], of contraction 2H: one scale a row for both halves, one
-  sum in float32. So an MX format asks for H % 32 == 0 and fp8_blockwise for H % 128 == 0 (`fuses`).
+  sum in float32. So an MX format asks for H % 32 == 0 and fp8_blockwise for H % 128 == 0 (`whole_blocks`).
 
 A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `dgrad` and `wgrad`: apart, so that a
 frontend can let go of memory in between.
@@ -27,7 +27,7 @@ from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, Implementation, select
 from xmoe.kernels.replay import replayed
 from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
-from xmoe.operands import TOKEN_TILE, whole_blocks
+from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
     from xmoe.kernels import swiglu
@@ -60,11 +60,6 @@ class Experts:
     def output_problem(self) -> Problem:
         """h times w2."""
         return Problem(self.M, self.D, self.H, self.G, self.x_dtype, self.w_dtype, self.out_dtype)
-
-
-def fuses(config: GroupedMMConfig, H: int) -> bool:
-    """Whether the halves of a contraction over 2H are whole blocks of scales."""
-    return whole_blocks(config.format, H)
 
 
 def gives_amax(config: GroupedMMConfig, H: int) -> bool:
@@ -114,7 +109,7 @@ def forward_spec(
         for name, tensor in pipeline.forward_spec(problem, config, device, save, prepared).scratch.items():
             spec.scratch[name if _is_map(name) else f"{part}.{name}"] = tensor
     spec.scratch.pop("out.b", None)  # as many bytes as in.b
-    if save and config.format == "fp8_rowwise" and not saves_input(config):
+    if save and config.format == "fp8_rowwise" and not saves_input(config) and e.H <= LONGEST_ROW:
         spec.scratch["out.kept"] = TensorSpec((e.M, e.H), e.x_dtype)
     return spec
 

@@ -7,6 +7,7 @@ where the dispatch table names torch's or the emulated GEMM, which allocate.
 M tokens, K contraction of the forward, N output features, G groups, Mp padded tokens (`xmoe.operands`).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -26,7 +27,6 @@ from xmoe.kernels.specs import (
     Spec,
     Tensors,
     TensorSpec,
-    Weights,
     allocate,
     backward_spec,
     device_of,
@@ -162,13 +162,13 @@ def _emulated_weights(B: torch.Tensor | Prepared, axis: str, format: str) -> emu
     return QuantizedOperand(B.data, B.scale, axis, format)
 
 
-def prepare_weights(problem: Problem, config: GroupedMMConfig, device: Device, b: Weights) -> Prepared:
+def prepare_weights(
+    problem: Problem, config: GroupedMMConfig, device: Device, b: torch.Tensor | Sequence[torch.Tensor]
+) -> Prepared:
     """Quantize b [G, P, C] (or several, side by side) along C into new memory, for any number of calls.
 
     Not for the bf16 format, which multiplies weights as they are. Of `problem` only the dtypes matter.
     """
-    if isinstance(b, Prepared):
-        return b
     impl, parts = select(config, device), [b] if isinstance(b, torch.Tensor) else b
     (G, P, _), C = parts[0].shape, sum(part.shape[2] for part in parts)
     if impl.gemm == "emulated":

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from xmoe.config import as_config
 from xmoe.torch_backend.quantize import FilterFn
 
 FLOPS = {"bf16": 640e12, "fp8_rowwise": 1300e12, "fp8_blockwise": 1020e12}
@@ -17,11 +16,19 @@ def expected_speedup(N: int, K: int, tokens_per_expert: float, format: str = "fp
     3 GEMMs of 2 · tokens · N · K operations; 6 bytes of quantizers for each element of A and of the gradient of the
     output, 8 for each weight. The constants are fitted to ``benchmarks/results``: within 10% of what was measured,
     but for calls of less than 1.6 ms, which in eager mode wait for the host.
+
+    Raises ValueError for another format than fp8_rowwise and fp8_blockwise.
     """
+    _check("format", format)
     operations = 6.0 * tokens_per_expert * N * K
     quantized = 6.0 * tokens_per_expert * (N + K) + 8.0 * N * K
     bf16 = operations / FLOPS["bf16"]
     return bf16 / (operations / FLOPS[format] + quantized / BYTES)
+
+
+def _check(name: str, value: str) -> None:
+    if value == "bf16" or value not in FLOPS:
+        raise ValueError(f"{name}={value!r} has no measured rule; use fp8_rowwise or fp8_blockwise")
 
 
 def auto_filter(tokens_per_expert: float, recipe: str = "fp8_rowwise", *, least: float = 1.05) -> FilterFn:
@@ -33,22 +40,20 @@ def auto_filter(tokens_per_expert: float, recipe: str = "fp8_rowwise", *, least:
 
     Args:
         tokens_per_expert: rows that an expert multiplies in one step, on average.
-        recipe: "fp8_rowwise" or "fp8_blockwise", the recipes that are faster than bf16 on sm_90, or one of their
-            variants. MXFP8's numerics are not there for speed on such a GPU.
+        recipe: "fp8_rowwise" or "fp8_blockwise". The rule knows their defaults alone; and MXFP8's numerics are not
+            there for speed on such a GPU.
         least: the speedup below which it does not pay (`expected_speedup`).
 
     Raises:
-        ValueError: a recipe of another format; tokens_per_expert not positive.
+        ValueError: another recipe; tokens_per_expert not positive.
     """
-    format = as_config(recipe).format
-    if format == "bf16" or format not in FLOPS:
-        raise ValueError(f"recipe={recipe!r} has no measured rule; use fp8_rowwise or fp8_blockwise")
+    _check("recipe", recipe)
     if not tokens_per_expert > 0:
         raise ValueError(f"tokens_per_expert={tokens_per_expert}; give the rows of an expert in one step, above 0")
 
     def pays(module: nn.Module, fqn: str) -> bool:
         weights = [p.shape for p in module.parameters(recurse=False) if p.ndim == 3]
-        speedups = (expected_speedup(N, K, tokens_per_expert, format) for _, N, K in weights)
+        speedups = (expected_speedup(N, K, tokens_per_expert, recipe) for _, N, K in weights)
         return bool(weights) and min(speedups) >= least
 
     return pays

@@ -17,7 +17,7 @@ from torch import Tensor
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import emulation, experts, pipeline
 from xmoe.kernels.dispatch import Device
-from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.operands import FEATURE_MULTIPLE, whole_blocks
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key
 from xmoe.torch_backend.ops import (
     DTYPES,
@@ -44,7 +44,8 @@ def swiglu_experts(
 
     The forward's GEMMs have the numbers of `scaled_grouped_mm`; the SwiGLU between them is computed in float32 and
     rounded once; the gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not
-    divide H (32 in MX formats, 128 in ``fp8_blockwise``), and only there, it is three `scaled_grouped_mm`.
+    divide H (32 in MX formats, 128 in ``fp8_blockwise``), and only there, it is three `scaled_grouped_mm`. The backward
+    overwrites what the forward saved, unless the graph is retained: a saved-tensor hook that keeps it will see that.
 
     Args:
         x: bf16 or fp32 [M, D]. Expert g owns the rows ``offs[g-1]:offs[g]``.
@@ -68,7 +69,8 @@ def swiglu_experts(
 
 def swiglu_experts_by_key(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str) -> Tensor:
     """`swiglu_experts` with the config as its key, the form that the ops carry."""
-    if not _fuses(config_key, w1.shape[1]):
+    if w1.ndim == 3 and not _fuses(config_key, w1.shape[1]):
+        _check(*_arguments(x, w1, w2, w3, offs))
         h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
         return grouped_mm_by_key(h, w2.mT, offs, config_key)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3))
@@ -83,9 +85,8 @@ def _prepare(
     config = config_from_key(config_key)
     if config.format == "bf16":
         return [], []
-    _check(x, w1, w2, w3, offs)
-    G, H, D = w1.shape
-    e = experts.Experts(0, D, H, G, DTYPES[x.dtype], DTYPES[w1.dtype])
+    _check(*_arguments(x, w1, w2, w3, offs))
+    e = _experts(0, w1.shape, x.dtype, w1.dtype, config)
     view = pipeline.device_of(x.device.type, x.device.index)
     weights = (aligned(w.contiguous()) for w in (w1, w2, w3))
     packed = [pack(operand) for operand in experts.prepare_weights(e, config, view, *weights)]
@@ -95,7 +96,7 @@ def _prepare(
 
 @torch.compiler.assume_constant_result
 def _fuses(config_key: str, H: int) -> bool:
-    return experts.fuses(config_from_key(config_key), H)
+    return whole_blocks(config_from_key(config_key).format, H)
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
@@ -111,10 +112,22 @@ class _Plan(NamedTuple):
     """Whether the scratch ``d`` of the dgrad lies on the memory of dh."""
 
 
-def _check(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> None:
-    if x.ndim != 2:
+class _Argument(NamedTuple):
+    """What `_check` asks of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _arguments(*tensors: Tensor) -> tuple[_Argument, ...]:
+    return tuple(_Argument(x.shape, x.dtype, x.device) for x in tensors)
+
+
+def _check(x: _Argument, w1: _Argument, w2: _Argument, w3: _Argument, offs: _Argument) -> None:
+    if len(x.shape) != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; flatten the leading dimensions to [M, D]")
-    if w1.ndim != 3 or w1.shape[0] < 1:
+    if len(w1.shape) != 3 or w1.shape[0] < 1:
         raise ValueError(f"w1 has shape {tuple(w1.shape)}; give [G, H, D] with at least one expert")
     G, H, D = w1.shape
     if x.shape[1] != D:
@@ -138,13 +151,23 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> None:
         raise ValueError(f"x, w1, w2, w3 and offs are on {', '.join(map(str, devices))}; move them to one device")
 
 
+_check_once = lru_cache(maxsize=4096)(_check)
+
+
+def _experts(
+    M: int, w1_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, config: GroupedMMConfig
+) -> experts.Experts:
+    G, H, D = w1_shape
+    return experts.Experts(M, D, H, G, DTYPES[x_dtype], DTYPES[w_dtype], config.out_dtype or DTYPES[x_dtype])
+
+
 @lru_cache(maxsize=4096)
 def _plan(
     stage: str, M: int, w1_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, device: torch.device,
     key: str, save: bool = True, prepared: bool = False,
 ) -> _Plan:  # fmt: skip
-    config, (G, H, D) = config_from_key(key), w1_shape
-    e = experts.Experts(M, D, H, G, DTYPES[x_dtype], DTYPES[w_dtype], config.out_dtype or DTYPES[x_dtype])
+    config = config_from_key(key)
+    e = _experts(M, w1_shape, x_dtype, w_dtype, config)
     view = pipeline.device_of(device.type, device.index)
     if stage == "forward":
         spec = experts.forward_spec(e, config, view, save, prepared)
@@ -201,7 +224,7 @@ def swiglu_experts_forward(
     ``prepared`` are w1, w2 and w3 quantized for the forward, ``prepared_dgrad`` w2 and w1 with w3 for the backward
     (``experts.prepare_weights``, each by ``ops.pack``), or nothing. The second is for autograd.
     """
-    _check(x, w1, w2, w3, offs)
+    _check_once(*_arguments(x, w1, w2, w3, offs))
     plan = _plan("forward", x.shape[0], w1.shape, x.dtype, w1.dtype, x.device, config_key, save, bool(prepared))
     if plan.config.debug:
         check_offsets(offs, x.shape[0])
@@ -222,9 +245,9 @@ def _unpack(tensors: Sequence[Tensor], operands: int) -> list[Any]:
 def _(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool, *prepared: Any
 ) -> tuple[Tensor, ...]:
-    _check(x, w1, w2, w3, offs)
-    config, (G, H, D) = config_from_key(config_key), w1.shape
-    e = experts.Experts(x.shape[0], D, H, G, DTYPES[x.dtype], DTYPES[w1.dtype], config.out_dtype or DTYPES[x.dtype])
+    _check(*_arguments(x, w1, w2, w3, offs))
+    config = config_from_key(config_key)
+    e = _experts(x.shape[0], w1.shape, x.dtype, w1.dtype, config)
     specs = experts.forward_outputs(e, config, fake_implementation(config, x.device), save)
     outputs = allocate(as_torch(specs), x.device)
     return outputs["out"], *(outputs[name] if name in outputs else x.new_empty(0) for name in _SAVED)
@@ -350,10 +373,10 @@ class _SwigluExperts(torch.autograd.Function):
         ctx.config_key, ctx.takes_input = config_key, pipeline.saves_input(config_from_key(config_key))
         need_x, need_h = ctx.needs_input_grad[1] or ctx.needs_input_grad[3], ctx.needs_input_grad[2]
         x_saved, h_saved = ((x,) if ctx.takes_input else tokens[:2]), (() if ctx.takes_input else tokens[2:])
-        of_dgrad = prepared_dgrad or ()
-        ctx.counts = len(of_dgrad), len(x_saved) * need_x
+        ctx.prepared = tuple(prepared_dgrad or ())  # not saved tensors: their number must not depend on a cache
+        ctx.count = len(x_saved) * need_x
         activations = (*(x_saved if need_x else ()), *(h_saved if need_h else ()))
-        ctx.save_for_backward(gate_up, w1, w2, w3, offs, *of_dgrad, *activations)
+        ctx.save_for_backward(gate_up, w1, w2, w3, offs, *activations)
         return out, gate_up, *tokens
 
     @staticmethod
@@ -370,9 +393,9 @@ class _SwigluExperts(torch.autograd.Function):
         if dout is None or not any(ctx.needs_input_grad):
             return (None,) * 8
         gate_up, w1, w2, w3, offs, *saved = ctx.saved_tensors
-        prepared, saved = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
-        x_saved, h_saved = saved[: ctx.counts[1]], saved[ctx.counts[1] :]
-        of_w2, of_w13 = prepared[: len(prepared) // 2], prepared[len(prepared) // 2 :]
+        x_saved, h_saved = saved[: ctx.count], saved[ctx.count :]
+        each = len(ctx.prepared) // 2
+        of_w2, of_w13 = ctx.prepared[:each], ctx.prepared[each:]
         # The gradient of gate_up takes its place: the largest tensor here, and free after this, unless the graph stays.
         if torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             gate_up = gate_up.clone()

@@ -343,9 +343,8 @@ class _GroupedMM(torch.autograd.Function):
         A_saved = ()
         if ctx.needs_input_grad[1]:
             A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
-        of_dgrad = prepared_dgrad or ()
-        ctx.prepared = len(of_dgrad)
-        ctx.save_for_backward(B, offs, *of_dgrad, *A_saved)
+        ctx.prepared = tuple(prepared_dgrad or ())  # not saved tensors: their number must not depend on a cache
+        ctx.save_for_backward(B, offs, *A_saved)
         return out, a_tokens, a_tokens_scale
 
     @staticmethod
@@ -354,9 +353,8 @@ class _GroupedMM(torch.autograd.Function):
         need_dA, need_dB = ctx.needs_input_grad[:2]
         if dOut is None or not (need_dA or need_dB):
             return (None,) * 7
-        B, offs, *saved = ctx.saved_tensors
-        prepared, A_saved = saved[: ctx.prepared], saved[ctx.prepared :]
-        dA, dB = backward_op(dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB, prepared)
+        B, offs, *A_saved = ctx.saved_tensors
+        dA, dB = backward_op(dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB, ctx.prepared)
         return dA if need_dA else None, dB if need_dB else None, None, None, None, None, None
 
 

@@ -32,7 +32,7 @@ def cache_weights() -> Iterator[None]:
     block ends. An in-place change of a parameter in the block is noticed by its version, and the weight quantized anew;
     what moves no version (``parameter.data``, FSDP gathering new values) is not, so end the block before the optimizer
     steps. Only parameters that take a gradient are cached, in their own dtype: a weight that is cast or joined on the
-    way to its GEMM is quantized every time. ``torch.compile`` does not see the cache; the bf16 recipe needs none.
+    way to its GEMM is quantized every time. ``torch.compile`` and CUDA graphs leave the cache aside.
 
     Blocks may be nested: the outermost counts. For the whole process, because autograd recomputes on threads of its
     own.
@@ -53,6 +53,8 @@ def cached(make: Callable[[], Any], key: Any, *weights: Tensor) -> Any:
     outside `cache_weights` and for weights that it leaves alone."""
     if _active is None or torch.compiler.is_compiling():
         return None
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None  # a replay would go on with these values, or with memory that has been freed
     bases = tuple(w if w._base is None else w._base for w in weights)
     if not all(base.is_leaf for base in bases):
         return None

@@ -50,8 +50,8 @@ def test_beside_separate_gemms(recipe: str, engine: str) -> None:
     exact = step(separate, *(a.astype(jnp.float32) for a in args[:4]), args[4], config="bf16", implementation="jax")
     for name, a, b, c in zip(("out", *NAMES), one, three, exact, strict=True):
         assert a.shape == b.shape
-        assert oracle.sqnr(b, a) >= (40 if recipe == "bf16" else 25), name
-        assert recipe == "bf16" or oracle.sqnr(c, a) >= 18, name
+        assert oracle.sqnr(b, a) >= (46 if recipe == "bf16" else 36), name
+        assert oracle.sqnr(c, a) >= (46 if recipe == "bf16" else 21), name
     assert not one[0][90:].any()
     assert not one[1][90:].any()
     assert not one[2][1].any()
@@ -62,7 +62,7 @@ def test_engines_agree(recipe: str) -> None:
     """To the last bits of exp, which torch and XLA round apart."""
     one, other = (step(swiglu_experts, *problem(), config=recipe, implementation=engine) for engine in ENGINES)
     for a, b in zip(one, other, strict=True):
-        assert oracle.sqnr(a, b) >= 35
+        assert oracle.sqnr(a, b) >= 50
 
 
 @pytest.mark.parametrize("engine", ENGINES)

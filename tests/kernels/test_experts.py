@@ -9,6 +9,7 @@ from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, TritonGemm, pois
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.kernels import call, e4m3, emulation, experts, pipeline, replay
 from xmoe.kernels.dispatch import Device
+from xmoe.operands import whole_blocks
 from xmoe.shapes import PATTERNS, offsets
 
 if pipeline.HAS_TRITON:
@@ -187,7 +188,6 @@ def test_swiglu(backend):
 
 
 def test_which_widths_fuse():
-    for recipe, multiple in (("bf16", 1), ("fp8_rowwise", 1), ("fp8_blockwise", 128), ("mxfp8_rceil", 32)):
-        config = config_from_recipe(recipe)
-        assert experts.fuses(config, 3 * multiple)
-        assert experts.fuses(config, 3 * multiple + 16) == (16 % multiple == 0)
+    for fmt, multiple in (("bf16", 1), ("fp8_rowwise", 1), ("fp8_blockwise", 128), ("mxfp8_rceil", 32)):
+        assert whole_blocks(fmt, 3 * multiple)
+        assert whole_blocks(fmt, 3 * multiple + 16) == (16 % multiple == 0)

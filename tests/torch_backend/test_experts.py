@@ -54,8 +54,8 @@ def test_beside_separate_gemms(recipe: str, dtype: torch.dtype) -> None:
         assert a.stride() == b.stride()
         a, b, c = (x.detach().float().numpy() for x in (a, b, c))
         between, beside = sqnr(b, a), sqnr(c, a)
-        assert between >= (40 if recipe == "bf16" else 25), (name, between)
-        assert recipe == "bf16" or beside >= 18, (name, beside)
+        assert between >= (46 if recipe == "bf16" else 34), (name, between)
+        assert beside >= (46 if recipe == "bf16" else 21), (name, beside)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -219,3 +219,12 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     args |= {name: f(args[name].detach()) for name, f in change.items()}
     with pytest.raises(ValueError, match=message):
         swiglu_experts(**args, config="fp8_rowwise")
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])  # H = 48 of the second does not fuse
+def test_bad_arguments_of_any_width(recipe: str) -> None:
+    x, w1, w2, w3, offs = (tensor.detach() for tensor in problem(H=48))
+    with pytest.raises(ValueError, match=r"w1 has shape \(48,\); give \[G, H, D\]"):
+        swiglu_experts(x, w1[0, :, 0], w2, w3, offs, recipe)
+    with pytest.raises(ValueError, match=r"w2 is torch\.float32 and w1 torch\.bfloat16"):
+        swiglu_experts(x, w1, w2.float(), w3, offs, recipe)
