@@ -178,7 +178,7 @@ def _plan(
     outputs = as_torch(spec.outputs)
     if stage == "dgrad" and "d" in spec.scratch:
         d = spec.scratch["d"]
-        if math.prod(d.shape) * getattr(torch, d.dtype).itemsize <= M * H * x_dtype.itemsize:
+        if math.prod(d.shape) * getattr(torch, d.dtype).itemsize <= M * w1_shape[1] * x_dtype.itemsize:
             return _Plan(e, config, view, outputs, pipeline.Layout(spec.scratch, elsewhere=("d",)), d_in_dh=True)
     return _Plan(e, config, view, outputs, layout(spec))
 
