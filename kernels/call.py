@@ -15,7 +15,7 @@ from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, 
 from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
-    from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, quantize, quantize_blocks, tiles
+    from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, quantize, quantize_blocks, quantize_both, tiles
 
 
 @lru_cache
@@ -106,6 +106,12 @@ class Call:
 
     def rows_and_tokens(self, name: str, x: torch.Tensor, tensors: Tensors):
         """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`."""
+        if quantize_both.fuses(self.config.format, x, self.implementation.straight_tokens):
+            rows = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
+            tokens = tensors[f"{name}_tokens"], self.rows_first(tensors[f"{name}_tokens_scale"])
+            map = self.map(x.shape[0], TOKEN_TILE)
+            quantize_both.quantize_rows_and_tokens(x, self.config.format, *rows, *tokens, *map, gated=self.gated)
+            return rows, tokens
         amax = self.scratch.get(f"{name}_tokens_amax")
         rows, amax_is_known = self.rows_and_amax(name, x, amax)
         return rows, self.tokens(f"{name}_tokens", x, tensors, amax, amax_is_known)

@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude, mx_byte, mx_inverse
+from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude
 from xmoe.kernels.launch import launch
 from xmoe.kernels.quantize_blocks import int8_or_bf16, launch_straight, rows_blocks, square_blocks
+from xmoe.kernels.quantize_columns import SCALING, launch_columns, launch_columns_amax, scale_bits
 from xmoe.kernels.swiglu import read
-from xmoe.kernels.tiles import cdiv, tile_rows
+from xmoe.kernels.tiles import cdiv
 from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE
 
 LONGEST_ROW = 16384
@@ -31,8 +32,6 @@ ROW_BLOCKS = 1024
 """Columns of a program over 4096 elements: MX 0.51 ms at [128000, 5120] on an H200, 0.72 with 32 x 128."""
 SQUARE_WARPS = 8
 """Of a program over 128 x 128 weights."""
-EMPTY_SCALE = 2.0**-48
-"""Of a column without tokens: that of amax 1e-12."""
 
 
 @triton.jit(do_not_specialize=["R", "P", "G"])
@@ -133,121 +132,6 @@ def _long_rows_fp8(
     tl.store(scale_ptr + row, fp8_scale(amax))
 
 
-@triton.jit(do_not_specialize=["G"])
-def _columns_amax(
-    x_ptr, stride_xg, stride_xr, stride_xc,
-    amax_ptr, tiles_ptr, groups_ptr,
-    G, R, C,
-    GATED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    group, first, end = tile_rows(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
-    if first < end:  # not a tile past the last one
-        row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-        col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = (row < end) & (col < C)[None, :]
-        x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
-        amax = tl.max(magnitude(read(x_tile, C * stride_xc, mask, GATED).to(tl.float32)), 0)
-        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + col, amax, col < C, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["G", "stride_st", "stride_sc"])
-def _columns(
-    x_ptr, stride_xg, stride_xr, stride_xc,
-    data_ptr, stride_dt, stride_dc,
-    scale_ptr, stride_st, stride_sc,
-    amax_ptr, tiles_ptr, groups_ptr,
-    G, R, C,
-    SCALING: tl.constexpr, GATED: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """One tile of BLOCK_R rows and BLOCK_C columns, read once, written transposed, in words of four bytes: the rows of
-    a word are loaded apart, so that what goes through shared memory is words.
-
-    A ragged tile t goes to columns t * BLOCK_R of data; a dense one to its own rows of its group. Ragged data is
-    written whole (padding and unused tiles are zero). "blockwise" scales: one for each column of a ragged tile, one
-    for all of a dense tile."""
-    WORDS: tl.constexpr = BLOCK_R // 4
-    BLOCKS: tl.constexpr = BLOCK_R // 32
-    tile = tl.program_id(0)
-    group, first, end = tile_rows(tile, tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
-    group = group.to(tl.int64)
-    word = tl.arange(0, WORDS)
-    col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    x_columns = x_ptr + group * stride_xg + col[None, :] * stride_xc
-    values = ()
-    amax = tl.zeros((WORDS, BLOCK_C), tl.int32)
-    for i in tl.static_range(4):
-        row = first + word[:, None] * 4 + i
-        mask = (row < end) & (col < C)[None, :]
-        x = read(x_columns + row.to(tl.int64) * stride_xr, C * stride_xc, mask, GATED).to(tl.float32)
-        values += (x,)
-        amax = tl.maximum(amax, magnitude(x))
-
-    if SCALING == "mx":
-        byte = mx_byte(tl.max(tl.reshape(amax, (BLOCKS, 8, BLOCK_C)), 1), RCEIL)
-        inverse = tl.broadcast_to(mx_inverse(byte)[:, None, :], (BLOCKS, 8, BLOCK_C))
-        inverse = tl.reshape(inverse, (WORDS, BLOCK_C))
-    else:
-        if SCALING == "rowwise":
-            largest = tl.load(amax_ptr + group * C + col, col < C, 0)
-        else:
-            largest = tl.max(amax, 0)
-            if not RAGGED:
-                largest = tl.zeros_like(largest) + tl.max(largest, 0)
-        inverse = fp8_inverse(largest)[None, :]
-
-    words = tl.zeros((WORDS, BLOCK_C), tl.int32)
-    for i in tl.static_range(4):
-        byte_of_word = encode(values[i] * inverse, HARDWARE).to(tl.int32) & 0xFF
-        # Padding stays zero beside poison too.
-        words |= tl.where(first + word[:, None] * 4 + i < end, byte_of_word, 0) << (8 * i)
-
-    if RAGGED:
-        out_first = tile * BLOCK_R
-        inside = (col < C)[:, None]
-    else:
-        out_first = first
-        data_ptr += group * stride_dt
-        inside = (col < C)[:, None] & (first + word * 4 < R)[None, :]
-    tl.store(data_ptr + col[:, None] * stride_dc + out_first // 4 + word[None, :], tl.trans(words), inside)
-
-    if SCALING == "rowwise":
-        group_first = 0
-        if RAGGED:
-            group_first = tl.load(groups_ptr + group * 4)
-            if tile == 0:
-                _scale_empty_groups(scale_ptr, groups_ptr, G, col, C)
-        if first == group_first:
-            tl.store(scale_ptr + group * C + col, fp8_scale(largest), col < C)
-    elif SCALING == "blockwise":
-        if RAGGED:
-            tl.store(scale_ptr + tile.to(tl.int64) * stride_st + col * stride_sc, fp8_scale(largest), col < C)
-        else:
-            out = scale_ptr + group * stride_st + tl.program_id(1) * stride_sc + first // BLOCK_R
-            tl.store(out, fp8_scale(tl.max(largest, 0)))
-    else:
-        block = tl.arange(0, BLOCKS)
-        if RAGGED:  # a tile's four bytes are one word
-            four = tl.sum(byte << (8 * block)[:, None], 0)
-            tl.store(scale_ptr.to(tl.pointer_type(tl.int32)) + col * (stride_sc // 4) + tile, four, col < C)
-        else:
-            block += out_first // 32
-            out = scale_ptr + group * stride_st + col[:, None] * stride_sc + block[None, :]
-            tl.store(out, tl.trans(byte).to(tl.uint8), (col < C)[:, None] & (block * 32 < R)[None, :])
-
-
-@triton.jit
-def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
-    """Groups without tokens have no tile that would write their scale."""
-    for some in range(0, G, 16):
-        group = some + tl.arange(0, 16)
-        start = tl.load(groups_ptr + group * 4, group < G, 0)
-        end = tl.load(groups_ptr + group * 4 + 1, group < G, 0)
-        empty = (group < G) & (start == end)
-        scale = fp8_scale(tl.zeros((16, 1), tl.int32))
-        tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
-
-
 @triton.jit(do_not_specialize=["count"])
 def _zero(x_ptr, count, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -257,13 +141,6 @@ def _zero(x_ptr, count, BLOCK: tl.constexpr):
 def zero(x: torch.Tensor) -> None:
     """`x.zero_()` of a contiguous int32 tensor, as a launch of ours (`replay.py`)."""
     launch(_zero, (cdiv(x.numel(), 4096),), x, x.numel(), BLOCK=4096)
-
-
-_SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
-
-
-def _scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
-    return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
 
 
 def _block_strides(scale: torch.Tensor | None) -> tuple[int, int]:
@@ -336,8 +213,8 @@ def quantize_rows(
     block_r = 4096 // block_c
     launch(
         rows_blocks, (cdiv(R, block_r), cdiv(C, block_c)),
-        x, *strides, int8_or_bf16(data), _scale_bits(scale), *_block_strides(scale), R, P, C,
-        SCALING=_SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+        x, *strides, int8_or_bf16(data), scale_bits(scale), *_block_strides(scale), R, P, C,
+        SCALING=SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
     )  # fmt: skip
     return False
@@ -359,48 +236,6 @@ def _launch_rows_fp8(x, strides, data, scale, amax, groups, kept, R, P, C, progr
         GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip
-
-
-def _launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False):
-    """Raises `amax` [G, C] to the largest magnitudes of x, where they are larger. Arguments as in `_launch_columns`."""
-    ragged = tiles is not None
-    if num_tiles:
-        launch(
-            _columns_amax, (num_tiles, cdiv(C, 64)),
-            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
-            GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64,
-        )  # fmt: skip
-
-
-def _launch_columns(
-    x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, gated=False
-):
-    """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
-    ragged = tiles is not None
-    if format == "fp8_rowwise":
-        assert amax.shape == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
-        if not num_tiles:
-            scale.fill_(EMPTY_SCALE)
-    if num_tiles:
-        block_c, warps = column_blocks(_SCALING[format], ragged, x.element_size())
-        assert data.shape[-1] % 4 == 0, f"data {data.shape}: it is written in words of four"
-        launch(
-            _columns, (num_tiles, cdiv(C, block_c)),
-            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
-            data.view(torch.int32), *(s // 4 for s in data_strides),
-            _scale_bits(scale), *scale_strides,
-            amax, tiles, groups, G, 0 if ragged else R, C,
-            SCALING=_SCALING[format], GATED=gated, RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
-            BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=hardware(x), num_warps=warps,
-        )  # fmt: skip
-
-
-def column_blocks(scaling: str, ragged: bool, element_size: int) -> tuple[int, int]:
-    """(columns, warps) of a transposing program. At [128000, 5120] on an H200: fp8_rowwise 0.48 ms with 128 columns and
-    0.51 with 64, MX 1.13 and 0.67. A block of 128 x 128 weights is one program's."""
-    if scaling == "blockwise" and not ragged:
-        return FP8_BLOCK, 4 if element_size == 2 else 8
-    return (64, 4) if scaling == "mx" or element_size > 2 else (128, 4)
 
 
 def quantize_tokens(
@@ -432,9 +267,9 @@ def quantize_tokens(
     if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
         zero(amax)
-        _launch_columns_amax(x, G, M, C, amax, *map, gated)
+        launch_columns_amax(x, G, M, C, amax, *map, gated)
     scale_strides = scale.stride()[::-1] if format == "fp8_blockwise" else (0, Mp // MX_BLOCK)
-    _launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated)
+    launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated)
 
 
 def quantize_weights(
@@ -477,7 +312,7 @@ def quantize_weights(
         assert amax is not None, "fp8_rowwise needs amax"
         zero(amax)
         for part in parts:
-            _launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
+            launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
     block = SCALE_BLOCKS.get(format, total)
     assert len(parts) == 1 or (total == len(parts) * C and (format == "fp8_rowwise" or C % block == 0)), (
         f"{len(parts)} parts of {C} columns for {total}: each fills whole blocks"
@@ -490,7 +325,7 @@ def quantize_weights(
         blocks = cdiv(total, block)
         lines = cdiv(P, FP8_BLOCK) if format == "fp8_blockwise" else P  # of scales
         part_scale = scale if format == "fp8_rowwise" else scale[:, :, first // block :]
-        _launch_columns(
+        launch_columns(
             part.mT, G, C, P, format,
             data[:, :, first : first + C], (P * total, total), part_scale, (lines * blocks, blocks),
             amax, None, None, tiles,

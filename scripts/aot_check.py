@@ -26,7 +26,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, quantize, quantize_blocks, swiglu, tiles, tuning
+from xmoe.kernels import (
+    grouped_gemm,
+    grouped_gemm_hopper,
+    quantize,
+    quantize_blocks,
+    quantize_both,
+    quantize_columns,
+    swiglu,
+    tiles,
+    tuning,
+)
 from xmoe.kernels.dispatch import has_warp_specialized
 from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
@@ -68,12 +78,12 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                            x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
                            ({} if amax else {"amax_ptr": None, "groups_ptr": None})
                            | {"kept_ptr": None, "stride_xc": 1, "AMAX": amax, "PIECES": pieces, "STAGES": stages,
-                              "HARDWARE": True},
+                              "HARDWARE": 2},
                            sm, warps, divisible=("stride_xg", "stride_xr", "C"))  # fmt: skip
         yield Case(f"long_rows_fp8[{dtype}]", quantize._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
-                   {"stride_xc": 1, "BLOCK_C": 4096, "HARDWARE": True}, sm, divisible=("stride_xr", "C"))  # fmt: skip
+                   {"stride_xc": 1, "BLOCK_C": 4096, "HARDWARE": 2}, sm, divisible=("stride_xr", "C"))  # fmt: skip
         for fmt, bf16_out in (("rceil", False), ("floor", False), ("rceil", True)):
-            mx = {"SCALING": "mx", "RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": True}
+            mx = {"SCALING": "mx", "RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": 2}
             data = {"data_ptr": "*bf16" if bf16_out else i8}
             scale = {"scale_ptr": None} if bf16_out else {}
             yield Case(f"rows_blocks[{dtype},{fmt},bf16_out={bf16_out}]", quantize_blocks.rows_blocks,
@@ -83,28 +93,28 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
             for ragged in (True, False):
                 if not bf16_out:
                     yield columns_case(f"{dtype},{fmt},ragged={ragged}", x | {"scale_ptr": u8},
-                                       {"SCALING": "mx", "RCEIL": mx["RCEIL"], "HARDWARE": True, "amax_ptr": None},
+                                       {"SCALING": "mx", "RCEIL": mx["RCEIL"], "HARDWARE": 2, "amax_ptr": None},
                                        ragged, sm)  # fmt: skip
                 if ragged or bf16_out:
                     yield Case(f"columns_straight[{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}]",
                                quantize_blocks.columns_straight,
                                x | data | {"scale_ptr": u8, "tiles_ptr": i32, "groups_ptr": i32},
-                               {"RCEIL": mx["RCEIL"], "DEQUANTIZE": bf16_out, "HARDWARE": True} | scale
+                               {"RCEIL": mx["RCEIL"], "DEQUANTIZE": bf16_out, "HARDWARE": 2} | scale
                                | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                                | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE,
                                   "BLOCK_C": quantize_blocks.straight_block(2, False)}, sm, 1,
                                divisible=("stride_xg", "stride_xr", "C", "stride_dg", "R"))  # fmt: skip
-        blockwise = {"SCALING": "blockwise", "RCEIL": False, "HARDWARE": True}
+        blockwise = {"SCALING": "blockwise", "RCEIL": False, "HARDWARE": 2}
         yield Case(f"rows_blocks[{dtype},blockwise]", quantize_blocks.rows_blocks,
                    x | {"data_ptr": i8, "scale_ptr": f32},
                    blockwise | {"DEQUANTIZE": False, "stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROW_BLOCKS}, sm,
                    divisible=("stride_xr", "C"))  # fmt: skip
         yield Case(f"square_blocks[{dtype}]", quantize_blocks.square_blocks, x | {"data_ptr": i8, "scale_ptr": f32},
-                   {"stride_xc": 1, "BLOCK": FP8_BLOCK, "HARDWARE": True}, sm, quantize.SQUARE_WARPS,
+                   {"stride_xc": 1, "BLOCK": FP8_BLOCK, "HARDWARE": 2}, sm, quantize.SQUARE_WARPS,
                    divisible=("stride_xg", "stride_xp", "P", "C"))  # fmt: skip
         for ragged in (True, False):
             maps = {"tiles_ptr": i32, "groups_ptr": i32, "amax_ptr": i32}
-            yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize._columns_amax, x | maps,
+            yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize_columns.columns_amax, x | maps,
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                        | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
@@ -112,9 +122,19 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
             yield columns_case(f"{dtype},rowwise,ragged={ragged}", x | {"scale_ptr": f32}, rowwise, ragged, sm)
             yield columns_case(f"{dtype},blockwise,ragged={ragged}", x | {"scale_ptr": f32},
                                blockwise | {"amax_ptr": None}, ragged, sm)  # fmt: skip
+    for label, scaling, rceil in (("blockwise", "blockwise", True), ("rceil", "mx", True), ("floor", "mx", False)):
+        mx = scaling == "mx"
+        data = {"rows_ptr": "*bf16", "data_ptr": i8, "scale_ptr": u8} if mx else {"rows_ptr": i8, "data_ptr": i32}
+        yield Case(f"rows_and_tokens[{label}]", quantize_both.rows_and_tokens,
+                   {"x_ptr": "*bf16", "rows_scale_ptr": f32, "scale_ptr": f32} | data
+                   | {"tiles_ptr": i32, "groups_ptr": i32},
+                   {"SCALING": scaling, "RCEIL": rceil, "stride_xc": 1, "BLOCK_R": TOKEN_TILE, "HARDWARE": 2,
+                    "BLOCK_C": quantize_both.BLOCK_C, "ROWS": quantize_both.ROWS}
+                   | ({"rows_scale_ptr": None} if mx else {}),
+                   sm, quantize_both.WARPS, divisible=("stride_xr", "stride_dc", "C"))  # fmt: skip
     yield Case("dequantize_straight", quantize_blocks.dequantize_straight,
                {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16", "tiles_ptr": i32, "groups_ptr": i32},
-               {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": True}, sm, 1, divisible=("C",))  # fmt: skip
+               {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": 2}, sm, 1, divisible=("C",))  # fmt: skip
 
 
 def swiglu_cases(sm: int) -> Iterator[Case]:
@@ -128,9 +148,9 @@ def swiglu_cases(sm: int) -> Iterator[Case]:
 def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
     types = types | dict.fromkeys(("data_ptr", "tiles_ptr", "groups_ptr", "amax_ptr"), "*i32")
     constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
-    block, warps = quantize.column_blocks(constants["SCALING"], ragged, 2 if types["x_ptr"] == "*bf16" else 4)
+    block, warps = quantize_columns.column_blocks(constants["SCALING"], ragged, 2 if types["x_ptr"] == "*bf16" else 4)
     constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": block}
-    return Case(f"columns[{label}]", quantize._columns, types, constants, sm, warps,
+    return Case(f"columns[{label}]", quantize_columns.columns, types, constants, sm, warps,
                 divisible=("stride_xg", "stride_xr", "stride_dt", "stride_dc", "C", "R"))  # fmt: skip
 
 
@@ -160,8 +180,9 @@ def with_cast(case: Case) -> Case:
     if case.sm != 89:
         return replace(case, instruction=r"cvt\.rn\.satfinite\.e4m3x2\.f32")
     if case.types["x_ptr"] == "*fp32":
-        return replace(case, constants=case.constants | {"HARDWARE": False})
-    return replace(case, instruction=r"cvt\.rn\.satfinite\.e4m3x2\.f16x2")
+        return replace(case, constants=case.constants | {"HARDWARE": 0})
+    constants = case.constants | {"HARDWARE": 1}
+    return replace(case, constants=constants, instruction=r"cvt\.rn\.satfinite\.e4m3x2\.f(16x2|32)")
 
 
 INSTRUCTIONS = {
