@@ -63,7 +63,8 @@ class Call:
         if self.config.format == "bf16":
             return self.cast(name, x), None
         data, scale = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
-        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, gated=self.gated)
+        map = self.map(x.shape[0], TOKEN_TILE) if self.implementation.scale_tiles else None
+        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, gated=self.gated)
         return data, scale
 
     def weights(self, b: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
