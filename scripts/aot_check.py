@@ -42,6 +42,8 @@ from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes a block can have (CUDA C++ Programming Guide, table of technical specifications)."""
+SCALES_FROM_REGISTERS = r"ttng\.tmem_(?:alloc|store) %.*tensor<\w*xi8"
+"""How Triton's GPU dialect writes a tensor of bytes to tensor memory; from shared memory it is `ttng.tmem_copy`."""
 TENSOR_MEMORY = 512
 """Columns of a multiprocessor (PTX ISA, tensor memory addressing)."""
 
@@ -301,6 +303,8 @@ def compile_case(case: Case) -> list[str]:
     for instruction in case.instructions:
         if not re.search(instruction, kernel.asm["ptx"]):
             faults.append(f"no {instruction} in the PTX")
+    if re.search(SCALES_FROM_REGISTERS, kernel.asm["ttgir"]):
+        faults.append("scales pass through registers")
     if case.sm in (90, 100) and (spilled := spills(kernel.asm["cubin"])):
         faults.append(f"{spilled} bytes of stack (spilled registers)")
     return faults
