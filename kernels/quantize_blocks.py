@@ -40,19 +40,22 @@ def rows_blocks(
     """Several scales a row: one for 32 ("mx") or 128 ("blockwise") elements.
 
     SCALE_TILES: the programs go over the rows of the scale's tiles, written whole. 128 of them are a tile of the map
-    (RAGGED), or, the last ones padding, of a matrix of P rows."""
+    (RAGGED), or of a matrix of P rows, the last ones padding. A program has every 32nd row or so, because in a tile the
+    scales of these lie side by side."""
     SIZE: tl.constexpr = 32 if SCALING == "mx" else 128
     blocks: tl.constexpr = BLOCK_C // SIZE
-    scale_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    row = scale_row.to(tl.int64)
     end = R
     if SCALE_TILES:
-        tile = tl.program_id(0) * BLOCK_R // 128
+        STEP: tl.constexpr = 128 // BLOCK_R
+        tile = tl.program_id(0) // STEP
+        row_of_tile = tl.program_id(0) % STEP + tl.arange(0, BLOCK_R)[:, None] * STEP
         group, start, end = tile_rows(tile, tiles_ptr, groups_ptr, G, P, RAGGED, 128)
-        row += start - tile.to(tl.int64) * 128
+        row = (start + row_of_tile).to(tl.int64)
         if not RAGGED:
             row = tl.where(row < P, group.to(tl.int64) * P + row, R)
             end = R
+    else:
+        row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     first = tl.program_id(1) * BLOCK_C
     col = first + tl.arange(0, BLOCK_C)[None, :]
     mask = (row < end) & (col < C)
@@ -75,7 +78,7 @@ def rows_blocks(
         block = first // SIZE + tl.arange(0, blocks)[None, :]
         if SCALE_TILES:
             across = tl.cdiv(C, 128)
-            tl.store(scale_ptr + tile_byte(scale_row, block, across), scale, block < across * 4)
+            tl.store(scale_ptr + tile_byte(tile * 128 + row_of_tile, block, across), scale, block < across * 4)
         else:
             out = scale_ptr + row * stride_sr + block.to(tl.int64) * stride_sb
             tl.store(out, scale, (row < R) & (block * SIZE < C))
