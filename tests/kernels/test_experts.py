@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.kernels.backends import INTERPRETER_WORKS
-from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, ScaleTilesGemm, TritonGemm, poisoned
+from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, TritonGemm, poisoned
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.kernels import call, e4m3, emulation, experts, pipeline, replay
 from xmoe.kernels.dispatch import Device
@@ -170,11 +170,11 @@ def test_in_the_interpreter(recipe, pattern, monkeypatch):
 
 
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.usefixtures("dot_scaled")
 @pytest.mark.parametrize("H", [96, 128])
 def test_scale_tiles_in_the_interpreter(H, monkeypatch):
-    """As `test_native_mx`, but for the GEMMs' arithmetic."""
+    """As `test_native_mx`, but for the MMA itself."""
     monkeypatch.setattr(call, "programs", lambda index: 3)
-    monkeypatch.setattr(call, "grouped_gemm", ScaleTilesGemm())
     Run("mxfp8_rceil", "uneven", dtype=torch.float32, M=99, D=48, H=H, G=3, device=NATIVE_MX, where="cpu").check()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.kernels.backends import INTERPRETER_WORKS, arrays
 from xmoe import RECIPES, config_from_recipe, oracle
-from xmoe.kernels import call, e4m3, emulation, grouped_gemm, pipeline
+from xmoe.kernels import call, e4m3, grouped_gemm, pipeline
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
 from xmoe.operands import padded_tokens, scale_tiles_shape
 from xmoe.shapes import PATTERNS, offsets
@@ -156,47 +156,19 @@ def test_mx_through_bf16_in_the_interpreter(recipe, pattern, stored, monkeypatch
         M=150, K=48, N=32, where="cpu").check()  # fmt: skip
 
 
-class ScaleTilesGemm:
-    """In place of `grouped_gemm`, whose block-scaled MMA the interpreter lacks: what it reads, tile by tile, padding
-    too, in float64."""
-
-    def grouped_mm(self, a, a_scale, b, b_scale, tiles, groups, out, *_):
-        out.zero_()
-        weights = self._values(b, b_scale)
-        for tile, (group, first, end, _) in enumerate(tiles[: groups[-1, 2]].tolist()):
-            rows = slice(first, min(first + 128, end))
-            values = self._values(a[rows], a_scale[tile : tile + 1])
-            out[rows] = values @ weights[group].mT
-
-    def grouped_mm_tokens(self, a, a_scale, b, b_scale, groups, out, *_):
-        a, b = self._values(a, a_scale), self._values(b, b_scale)
-        for g, start in enumerate(groups[:-1, 2].tolist()):
-            tokens = slice(128 * start, 128 * int(groups[g + 1, 2]))
-            out[g] = a[:, tokens] @ b[:, tokens].mT
-
-    def _values(self, data, scale):
-        *lead, rows, blocks, _ = scale.shape
-        assert list(data.shape[:-2]) == lead, "an operand and its scale are of one shape"
-        data = torch.nn.functional.pad(data.double(), (0, blocks * 128 - data.shape[-1]))
-        byte = emulation.from_scale_tiles(scale, rows * 128, blocks * 4)[..., : data.shape[-2], :].view(torch.uint8)
-        factor = torch.where(byte == 255, torch.nan, torch.exp2(byte.double() - 127))
-        return data * factor.repeat_interleave(32, -1)
-
-
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.usefixtures("dot_scaled")
 @pytest.mark.parametrize(
     ("recipe", "pattern", "stored"),
     [("mxfp8_rceil", "short", "GNK"), ("mxfp8_floor", "uneven", "GKN"), ("mxfp8_rceil_wgrad_with_hp", "empty", "GKN")],
 )
 def test_scale_tiles_in_the_interpreter(recipe, pattern, stored, monkeypatch):
-    """The layouts of sm_100 from the quantizers to the GEMMs; K and N end inside a tile, and inside a block."""
+    """sm_100's path but for the MMA itself; K and N end inside a tile of scales, and inside a block."""
     monkeypatch.setattr(call, "programs", lambda index: 3)
-    gemms = ScaleTilesGemm()
     if recipe.endswith("hp"):
-        gemms.grouped_mm_tokens = Float64Gemm().grouped_mm_tokens
-    monkeypatch.setattr(call, "grouped_gemm", gemms)
+        monkeypatch.setattr(grouped_gemm, "grouped_mm_tokens", Float64Gemm().grouped_mm_tokens)
     Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored, device=NATIVE_MX,
-        M=150, K=48, N=144, where="cpu").check()  # fmt: skip
+        M=300, K=48, N=144, where="cpu").check()  # fmt: skip
 
 
 @pytest.mark.gpu
