@@ -63,7 +63,8 @@ class Call:
         if self.config.format == "bf16":
             return self.cast(name, x), None
         data, scale = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
-        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, gated=self.gated)
+        map = self.map(x.shape[0], TOKEN_TILE) if self.implementation.scale_tiles else None
+        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, gated=self.gated)
         return data, scale
 
     def weights(self, b: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -108,10 +109,11 @@ class Call:
         """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`."""
         if quantize_both.fuses(self.config.format, x, self.implementation.straight_tokens):
             rows = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
-            tokens = tensors[f"{name}_tokens"], self.rows_first(tensors[f"{name}_tokens_scale"])
+            data, scale = tensors[f"{name}_tokens"], self.rows_first(tensors[f"{name}_tokens_scale"])
+            assert scale is not None, f"{name}_tokens has no scale"
             map = self.map(x.shape[0], TOKEN_TILE)
-            quantize_both.quantize_rows_and_tokens(x, self.config.format, *rows, *tokens, *map, gated=self.gated)
-            return rows, tokens
+            quantize_both.quantize_rows_and_tokens(x, self.config.format, *rows, data, scale, *map, gated=self.gated)
+            return rows, (data, scale)
         amax = self.scratch.get(f"{name}_tokens_amax")
         rows, amax_is_known = self.rows_and_amax(name, x, amax)
         return rows, self.tokens(f"{name}_tokens", x, tensors, amax, amax_is_known)

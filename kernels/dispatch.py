@@ -55,6 +55,11 @@ class Implementation:
         where those of 8 bits want the tokens last."""
         return self.gemm == "triton" and self.wgrad_elements == "bf16"
 
+    @property
+    def scale_tiles(self) -> bool:
+        """Whether the scales of all operands lie in the tensor core's tiles (`xmoe.operands.SCALE_TILE_ROWS`)."""
+        return self.elements == "mx"
+
 
 def _emulated(reason: str, advice: str) -> Implementation:
     return Implementation("emulated", "emulated", "bf16", "bf16", reason, advice)

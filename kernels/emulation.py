@@ -10,7 +10,16 @@ suitable GPU and for debugging: unlike a kernel it allocates its results and rea
 import torch
 import torch.nn.functional as F
 
-from xmoe.operands import FORMATS, FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand, padded_tokens
+from xmoe.operands import (
+    FORMATS,
+    FP8_BLOCK,
+    SCALE_BLOCKS,
+    SCALE_TILE_BLOCKS,
+    SCALE_TILE_ROWS,
+    TOKEN_TILE,
+    QuantizedOperand,
+    padded_tokens,
+)
 
 Operand = QuantizedOperand[torch.Tensor]
 
@@ -120,6 +129,39 @@ def dequantize(operand: Operand, offs: torch.Tensor | None = None) -> torch.Tens
     for g, (start, end, column) in enumerate(token_layout(group_ends(offs, data.shape[-1]))):
         data[:, column : column + end - start] *= scale[g, :, None]
     return data
+
+
+# ------------------------------------------------------------------------------------------------------- scale tiles
+
+
+def to_scale_tiles(scale: torch.Tensor, offs: torch.Tensor | None = None) -> torch.Tensor:
+    """E8M0 scales [..., R, B] in the tiles that a block-scaled tensor core reads: [..., ceil(R/128), ceil(B/4), 512].
+
+    A tile holds 128 rows and 4 blocks: row r, block c in byte (r % 32) * 16 + r // 32 * 4 + c, and byte 0 past the
+    last ones. That is the scale factor layout of tcgen05.mma with scale_vec::1X (PTX ISA) and the 1D block scaling
+    factors layout of cuBLAS. With ``offs``, int32 [G], the R rows are tokens and each group begins a tile:
+    [padded_tokens(R, G)/128, ceil(B/4), 512], without the rows of no group.
+    """
+    byte = scale.view(torch.uint8)
+    if offs is not None:
+        padded = byte.new_zeros(padded_tokens(byte.shape[0], offs.shape[0]), byte.shape[1])
+        for start, end, row in token_layout(group_ends(offs, byte.shape[0])):
+            padded[row : row + end - start] = byte[start:end]
+        byte = padded
+    byte = F.pad(byte, (0, -byte.shape[-1] % SCALE_TILE_BLOCKS, 0, -byte.shape[-2] % SCALE_TILE_ROWS))
+    quarters = byte.unflatten(-1, (-1, SCALE_TILE_BLOCKS)).unflatten(-3, (-1, 4, SCALE_TILE_ROWS // 4))
+    return quarters.transpose(-4, -2).flatten(-3).contiguous().view(scale.dtype)
+
+
+def from_scale_tiles(tiles: torch.Tensor, R: int, B: int, offs: torch.Tensor | None = None) -> torch.Tensor:
+    """E8M0 [..., R, B] of `to_scale_tiles` with the same ``offs``; byte 0 for rows of no group."""
+    quarters = tiles.view(torch.uint8).unflatten(-1, (SCALE_TILE_ROWS // 4, 4, SCALE_TILE_BLOCKS)).transpose(-4, -2)
+    byte = quarters.flatten(-2).flatten(-4, -2)
+    if offs is not None:
+        padded, byte = byte, byte.new_zeros(R, byte.shape[-1])
+        for start, end, row in token_layout(group_ends(offs, R)):
+            byte[start:end] = padded[row : row + end - start]
+    return byte[..., :R, :B].contiguous().view(tiles.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- grouped GEMMs

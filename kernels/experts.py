@@ -26,12 +26,22 @@ from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, Implementation, select
 from xmoe.kernels.replay import replayed
-from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
-from xmoe.operands import TOKEN_TILE
+from xmoe.kernels.specs import (
+    HAS_TRITON,
+    Prepared,
+    Problem,
+    Spec,
+    Tensors,
+    TensorSpec,
+    saves_input,
+    scale_tiles,
+    token_map,
+)
+from xmoe.operands import TOKEN_TILE, padded_tokens
 
 if HAS_TRITON:
     from xmoe.kernels import swiglu
-    from xmoe.kernels.quantize import LONGEST_ROW
+    from xmoe.kernels.quantize_rows_fp8 import LONGEST_ROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +149,10 @@ def wgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spe
     e = experts
     outputs = {name: TensorSpec((e.G, e.H, e.D), e.w_dtype) for name in ("dw1", "dw3")}
     problem = e.input_problem if saves_input(config) else e.joint_problem
-    return Spec(outputs, pipeline.backward_spec(problem, config, device, False, True).scratch)
+    scratch = dict(pipeline.backward_spec(problem, config, device, False, True).scratch)
+    if "d_tokens_scale" in scratch and select(config, device).scale_tiles:  # H may end inside a tile
+        scratch["d_tokens_scale"] = scale_tiles(2, rows=e.H, C=padded_tokens(e.M, e.G))
+    return Spec(outputs, scratch)
 
 
 # --------------------------------------------------------------------------------------------------------------- calls
@@ -265,11 +278,11 @@ def wgrad(
                 call.wgrad_hp(x_saved[0], d, grad)
             return
         x, x_scale = x_saved
-        data, scale = call.tokens("d_tokens", d_gate_up, scratch, amax, amax is not None)
+        halves = _halves(call, e, d_gate_up, scratch, amax)
         M = d_gate_up.shape[0]
         a = call.saved_tokens((x, x_scale), M)
-        for half, grad in enumerate(grads):
-            call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), M, grad)
+        for half, grad in zip(halves, grads, strict=True):
+            call.wgrad(a, half, M, grad)
 
     known = () if amax is None else (amax,)
     with on_device(offs):
@@ -295,14 +308,19 @@ def prepare_weights(
     )
 
 
-def _half(d: tuple[torch.Tensor, torch.Tensor | None], half: int, e: Experts, config: GroupedMMConfig, straight: bool):
-    """The wgrad operand of dg or du in that of both."""
-    data, scale = d
-    own = slice(half * e.H, (half + 1) * e.H)
-    if straight:
-        return data[:, own], None
+def _halves(call: Call, e: Experts, d_gate_up: torch.Tensor, scratch: Tensors, amax: torch.Tensor | None):
+    """The wgrad operands of dg and du: parts of that of both, or each by itself where scales are in tiles, because H
+    may end inside one."""
+    both = slice(0, e.H), slice(e.H, 2 * e.H)
+    if call.implementation.scale_tiles:
+        data, scale = scratch["d_tokens"], scratch["d_tokens_scale"]
+        tensors = ({"d_tokens": data[own], "d_tokens_scale": scale[i]} for i, own in enumerate(both))
+        return [call.tokens("d_tokens", d_gate_up[:, own], x) for own, x in zip(both, tensors, strict=True)]
+    data, scale = call.tokens("d_tokens", d_gate_up, scratch, amax, amax is not None)
+    if call.implementation.straight_tokens:
+        return [(data[:, own], None) for own in both]
     assert scale is not None, "a wgrad operand in 8 bits has scales"
-    return data[own], scale[:, own] if config.format == "fp8_rowwise" else scale[own]
+    return [(data[own], scale[:, own] if call.config.format == "fp8_rowwise" else scale[own]) for own in both]
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,8 @@ bf16 operands are read as they lie, because bf16 wgmma takes either order.
 
 SCALING: "none" (bf16), "rowwise" (float32 a row of each operand, applied to the sum), "blockwise" (float32 for 128 of
 the contraction, applied to each step's product; of weights for 128 rows too), "mx" (E8M0 per 32, inside the MMA:
-`tl.dot_scaled`, which is tcgen05 block scaling on sm_100).
+`tl.dot_scaled`, which is tcgen05 block scaling on sm_100; their tiles go by TMA to shared memory and from there to
+tensor memory).
 
 STAGES: the loop's own, for "blockwise", else None (the launch's, for the operands alone). It sends the scales ahead
 through shared memory too; else the MMA would wait for them, and each thread of a wgrad would load 34 a step.
@@ -20,6 +21,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import to_ragged_indices
 
 from xmoe.kernels.launch import Descriptor, launch, ragged_descriptor
+from xmoe.kernels.scale_tiles import descriptor, scales_of
 from xmoe.kernels.tuning import GemmTiles
 from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
@@ -50,19 +52,11 @@ def _store_rows(desc, acc, first, end, col, PARTS: tl.constexpr):
         desc.store([x, y, z, col + COLS], right.reshape(1, 1, ROWS, COLS))
 
 
-@triton.jit
-def _mx_scales(scale_ptr, row, row_inside, first, C, BLOCK_C: tl.constexpr):
-    """E8M0 bytes [rows, BLOCK_C / 32]; 1.0 outside."""
-    block = first // 32 + tl.arange(0, BLOCK_C // 32)
-    offsets = row.to(tl.int64)[:, None] * tl.cdiv(C, 32) + block[None, :]
-    return tl.load(scale_ptr + offsets, row_inside[:, None] & (block * 32 < C)[None, :], 127)
-
-
 @triton.jit(do_not_specialize=["M", "G"])
 def _grouped_mm(
     a_desc, b_desc, out_desc,
     out_ptr, stride_out,
-    a_scale_ptr, b_scale_ptr,
+    a_scales, b_scales,  # pointers, or for "mx" descriptors of tiles
     tiles_ptr, groups_ptr,
     M, P, C, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, B_CONTRACTION_LAST: tl.constexpr,
@@ -94,21 +88,21 @@ def _grouped_mm(
             if SCALING == "blockwise":
                 blocks = tl.cdiv(C, BLOCK_C)
                 block = c // BLOCK_C
-                a_scale = tl.load(a_scale_ptr + m.to(tl.int64) * blocks + block, m < end_m, 0.0)
+                a_scale = tl.load(a_scales + m.to(tl.int64) * blocks + block, m < end_m, 0.0)
                 # One for all columns of a tile, but loaded by the row: a scalar would not be on its way beforehand.
                 b_line = group.to(tl.int64) * tl.cdiv(P, BLOCK_C) + first_p // BLOCK_C
-                b_scale = tl.load(b_scale_ptr + b_line * blocks + block + tl.zeros_like(m))
+                b_scale = tl.load(b_scales + b_line * blocks + block + tl.zeros_like(m))
                 acc += tl.dot(a, b.T) * (a_scale * b_scale)[:, None]
             elif SCALING == "mx":
-                a_scale = _mx_scales(a_scale_ptr, m, m < M, c, C, BLOCK_C)
-                b_scale = _mx_scales(b_scale_ptr, group.to(tl.int64) * P + p, p < P, c, C, BLOCK_C)
+                a_scale = scales_of(a_scales.load([m_tile, c // 128, 0, 0]))
+                b_scale = scales_of(b_scales.load([group * tl.cdiv(P, 128) + first_p // 128, c // 128, 0, 0]))
                 acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
             else:
                 acc = _multiply(a, b, acc, PRECISE)
 
         if SCALING == "rowwise":
-            acc *= tl.load(a_scale_ptr + m, m < end_m, 0.0)[:, None]
-            acc *= tl.load(b_scale_ptr + group.to(tl.int64) * P + p, p < P, 0.0)[None, :]
+            acc *= tl.load(a_scales + m, m < end_m, 0.0)[:, None]
+            acc *= tl.load(b_scales + group.to(tl.int64) * P + p, p < P, 0.0)[None, :]
         _store_rows(out_desc, acc, first_m, end_m, first_p, PARTS)  # rows from end_m on belong to the next group
 
     first_free = tl.load(groups_ptr + G * 4)
@@ -123,7 +117,7 @@ def _grouped_mm(
 def _grouped_mm_tokens(
     a_desc, b_desc, out_desc,
     a_ptr, stride_a, b_ptr, stride_b,
-    a_scale_ptr, stride_as, b_scale_ptr, stride_bs,
+    a_scales, stride_as, b_scales, stride_bs,
     groups_ptr,
     M, P, Q, G,
     SCALING: tl.constexpr, PRECISE: tl.constexpr, TOKEN_TILE: tl.constexpr,
@@ -158,12 +152,12 @@ def _grouped_mm_tokens(
                     blocks = M // BLOCK_M
                     block = m // BLOCK_M
                     # triton 3.6 spills with other orders of these sums and products.
-                    a_scale = tl.load((a_scale_ptr + block) + p.to(tl.int64) * blocks, p < P, 0.0)
-                    b_scale = tl.load((b_scale_ptr + block) + q.to(tl.int64) * blocks, q < Q, 0.0)
+                    a_scale = tl.load((a_scales + block) + p.to(tl.int64) * blocks, p < P, 0.0)
+                    b_scale = tl.load((b_scales + block) + q.to(tl.int64) * blocks, q < Q, 0.0)
                     acc += tl.dot(a, b.T) * (a_scale[:, None] * b_scale[None, :])
                 elif SCALING == "mx":
-                    a_scale = _mx_scales(a_scale_ptr, p, p < P, m, M, BLOCK_M)
-                    b_scale = _mx_scales(b_scale_ptr, q, q < Q, m, M, BLOCK_M)
+                    a_scale = scales_of(a_scales.load([first_p // 128, m // 128, 0, 0]))
+                    b_scale = scales_of(b_scales.load([first_q // 128, m // 128, 0, 0]))
                     acc = tl.dot_scaled(a, a_scale, "e4m3", b.T, b_scale, "e4m3", acc)
                 else:
                     acc = _multiply(a, b, acc, PRECISE)
@@ -178,20 +172,20 @@ def _grouped_mm_tokens(
                 acc = _multiply(a.T, b.T, acc, PRECISE)
 
         if SCALING == "rowwise":
-            acc *= tl.load(a_scale_ptr + group.to(tl.int64) * stride_as + p, p < P, 0.0)[:, None]
-            acc *= tl.load(b_scale_ptr + group.to(tl.int64) * stride_bs + q, q < Q, 0.0)[None, :]
+            acc *= tl.load(a_scales + group.to(tl.int64) * stride_as + p, p < P, 0.0)[:, None]
+            acc *= tl.load(b_scales + group.to(tl.int64) * stride_bs + q, q < Q, 0.0)[None, :]
         _store_rows(out_desc, acc, group * P + first_p, (group + 1) * P, first_q, PARTS)
 
 
-def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, blockwise: bool, depth: int):
+def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, blockwise: bool, tuned: GemmTiles):
     if a_scale is None or b_scale is None:
         return "none", None, None
     if blockwise:
-        assert depth == FP8_BLOCK, f"a depth of {depth}: a step of the contraction is one block, {FP8_BLOCK}"
+        assert tuned.depth == FP8_BLOCK, f"a depth of {tuned.depth}: a step of the contraction is a block, {FP8_BLOCK}"
         return "blockwise", a_scale, b_scale
     if a_scale.dtype == torch.float32:
         return "rowwise", a_scale, b_scale
-    return "mx", a_scale.view(torch.uint8), b_scale.view(torch.uint8)
+    return "mx", descriptor(a_scale, tuned.rows, tuned.depth), descriptor(b_scale, tuned.cols, tuned.depth)
 
 
 def grouped_mm(
@@ -213,7 +207,7 @@ def grouped_mm(
         a: e4m3 or bf16 [M, C], contiguous.
         b: e4m3 [G, P, C] contiguous, or bf16 [G, P, C] with axis 1 or 2 contiguous.
         a_scale, b_scale: float32 [M], [G, P]; or, `blockwise`, [M, ceil(C/128)], [G, ceil(P/128), ceil(C/128)]; or E8M0
-            [M, ceil(C/32)], [G, P, ceil(C/32)]; or None for bf16.
+            tiles [Mp/128, ceil(C/128), 512], [G, ceil(P/128), ceil(C/128), 512]; or None for bf16.
         tiles, groups: the map of `tuned.rows`-token tiles (`tiles.map_tiles`).
         out: bf16 or fp32 [M, P], written whole; rows may lie apart.
         programs: persistent programs, the number of multiprocessors.
@@ -224,7 +218,8 @@ def grouped_mm(
         return
     assert a.is_contiguous(), f"strides {a.stride()}: a is contiguous"
     assert not blockwise or FP8_BLOCK % tuned.cols == 0, f"{tuned.cols} columns a tile: all in one block of {FP8_BLOCK}"
-    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale, blockwise, tuned.depth)
+    scaling, a_scales, b_scales = _scale_args(a_scale, b_scale, blockwise, tuned)
+    assert scaling != "mx" or tuned.rows == TOKEN_TILE, f"{tuned.rows} rows a tile: scale tiles have {TOKEN_TILE}"
     contraction_last = b.stride(2) == 1
     if contraction_last:
         b_desc = Descriptor(b, (G, P, C), b.stride(), (1, tuned.cols, tuned.depth))
@@ -233,7 +228,7 @@ def grouped_mm(
     launch(
         _grouped_mm, (programs,), Descriptor(a, (M, C), (C, 1), (tuned.rows, tuned.depth)), b_desc,
         ragged_descriptor(out, (tuned.rows, tuned.cols // tuned.parts)), out, out.stride(0),
-        a_scale, b_scale, tiles, groups, M, P, C, G,
+        a_scales, b_scales, tiles, groups, M, P, C, G,
         SCALING=scaling, PRECISE=precise and not blockwise, B_CONTRACTION_LAST=contraction_last,
         BLOCK_M=tuned.rows, BLOCK_P=tuned.cols, BLOCK_C=tuned.depth, PROGRAMS=programs, BAND=tuned.band,
         STAGES=tuned.stages if blockwise else None, PARTS=tuned.parts,
@@ -259,12 +254,12 @@ def grouped_mm_tokens(
         a, b: e4m3 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`), contiguous; or bf16 [M, P] and
             [M, Q], as they lie, whose rows may lie apart.
         a_scale, b_scale: float32 [G, P], [G, Q], whose rows may lie apart; or, `blockwise`, [P, Mp/128], [Q, Mp/128];
-            or E8M0 [P, Mp/32], [Q, Mp/32]; or None for bf16.
+            or E8M0 tiles [ceil(P/128), Mp/128, 512], [ceil(Q/128), Mp/128, 512]; or None for bf16.
         groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens.
         out: bf16 or fp32 [G, P, Q], contiguous, written whole.
     """
     G, P, Q = out.shape
-    scaling, a_scale, b_scale = _scale_args(a_scale, b_scale, blockwise, tuned.depth)
+    scaling, a_scales, b_scales = _scale_args(a_scale, b_scale, blockwise, tuned)
     M = a.shape[0] if scaling == "none" else a.shape[1]
     if M == 0:
         out.zero_()
@@ -281,7 +276,7 @@ def grouped_mm_tokens(
         _grouped_mm_tokens, (programs,), a_desc, b_desc,
         ragged_descriptor(out.view(G * P, Q), (tuned.rows, tuned.cols // tuned.parts)),
         a, stride_a, b, stride_b,
-        a_scale, 0 if a_scale is None else a_scale.stride(0), b_scale, 0 if b_scale is None else b_scale.stride(0),
+        a_scales, 0 if a_scale is None else a_scale.stride(0), b_scales, 0 if b_scale is None else b_scale.stride(0),
         groups, M, P, Q, G,
         SCALING=scaling, PRECISE=precise and not blockwise, TOKEN_TILE=TOKEN_TILE,
         BLOCK_P=tuned.rows, BLOCK_Q=tuned.cols, BLOCK_M=tuned.depth, PROGRAMS=programs, BAND=tuned.band,

@@ -20,27 +20,45 @@ from xmoe.kernels.e4m3 import (
     mx_scale,
 )
 from xmoe.kernels.launch import launch
+from xmoe.kernels.scale_tiles import in_tiles, tile_byte
 from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
-from xmoe.operands import MX_BLOCK, TOKEN_TILE, padded_tokens
+from xmoe.operands import MX_BLOCK, SCALE_BLOCKS, SCALE_TILE_BLOCKS, SCALE_TILE_ROWS, TOKEN_TILE, padded_tokens
 
 
-@triton.jit(do_not_specialize=["R", "P", "stride_sb"])
+@triton.jit(do_not_specialize=["R", "P", "G", "stride_sb"])
 def rows_blocks(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr,
     scale_ptr, stride_sr, stride_sb,
-    R, P, C,
+    tiles_ptr, groups_ptr,
+    R, P, C, G,
     SCALING: tl.constexpr, GATED: tl.constexpr, RCEIL: tl.constexpr, DEQUANTIZE: tl.constexpr,
+    SCALE_TILES: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Several scales a row: one for 32 ("mx") or 128 ("blockwise") elements."""
+    """Several scales a row: one for 32 ("mx") or 128 ("blockwise") elements.
+
+    SCALE_TILES: the programs go over the rows of the scale's tiles, written whole. 128 of them are a tile of the map
+    (RAGGED), or of a matrix of P rows, the last ones padding. A program has every 32nd row or so, because in a tile the
+    scales of these lie side by side."""
     SIZE: tl.constexpr = 32 if SCALING == "mx" else 128
     blocks: tl.constexpr = BLOCK_C // SIZE
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    end = R
+    if SCALE_TILES:
+        STEP: tl.constexpr = 128 // BLOCK_R
+        tile = tl.program_id(0) // STEP
+        row_of_tile = tl.program_id(0) % STEP + tl.arange(0, BLOCK_R)[:, None] * STEP
+        group, start, end = tile_rows(tile, tiles_ptr, groups_ptr, G, P, RAGGED, 128)
+        row = (start + row_of_tile).to(tl.int64)
+        if not RAGGED:
+            row = tl.where(row < P, group.to(tl.int64) * P + row, R)
+            end = R
+    else:
+        row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     first = tl.program_id(1) * BLOCK_C
     col = first + tl.arange(0, BLOCK_C)[None, :]
-    mask = (row < R) & (col < C)
+    mask = (row < end) & (col < C)
     x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
     x = read(x_rows + col.to(tl.int64) * stride_xc, C * stride_xc, mask, GATED).to(tl.float32)
     x = tl.reshape(x, (BLOCK_R, blocks, SIZE))
@@ -58,7 +76,12 @@ def rows_blocks(
     tl.store(data_ptr + row * C + col, tl.reshape(data, (BLOCK_R, BLOCK_C)), mask)
     if not DEQUANTIZE:
         block = first // SIZE + tl.arange(0, blocks)[None, :]
-        tl.store(scale_ptr + row * stride_sr + block.to(tl.int64) * stride_sb, scale, (row < R) & (block * SIZE < C))
+        if SCALE_TILES:
+            across = tl.cdiv(C, 128)
+            tl.store(scale_ptr + tile_byte(tile * 128 + row_of_tile, block, across), scale, block < across * 4)
+        else:
+            out = scale_ptr + row * stride_sr + block.to(tl.int64) * stride_sb
+            tl.store(out, scale, (row < R) & (block * SIZE < C))
 
 
 @triton.jit
@@ -139,6 +162,37 @@ def dequantize_straight(
             inside = (row < end) & (col < C)
             value = decode(tl.load(data_ptr + row * C + col, inside, 0), HARDWARE) * scale
             tl.store(out_ptr + row * C + col, value.to(tl.bfloat16), inside)
+
+
+SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
+ROW_BLOCKS = 1024
+"""Columns of a program over 4096 elements: MX 0.51 ms at [128000, 5120] on an H200, 0.72 with 32 x 128."""
+
+
+def scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
+    return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
+
+
+def launch_rows_blocks(x, strides, R, P, C, format, data, scale, map, gated):
+    """`x` is R rows of C, P a matrix; its strides are those of [R/P, P, C]."""
+    tiled = in_tiles(data, scale)
+    narrowest = SCALE_TILE_BLOCKS * MX_BLOCK if tiled else SCALE_BLOCKS[format]
+    block_c = min(ROW_BLOCKS, max(narrowest, 1 << (C - 1).bit_length()))
+    block_r = 4096 // block_c
+    scale_rows, scale_strides = R, (0, 0)
+    if tiled:
+        assert (map is None) == (data.ndim == 3), "scale tiles of tokens follow a map, those of weights none"
+        scale_rows = scale.shape[:-2].numel() * SCALE_TILE_ROWS
+    elif scale is not None:
+        scale_strides = scale.stride(-2), scale.stride(-1)  # the rows of a weight lie one after the other
+    tiles, groups = map if tiled and map is not None else (None, None)
+    launch(
+        rows_blocks, (cdiv(scale_rows, block_r), cdiv(C, block_c)),
+        x, *strides, int8_or_bf16(data), scale_bits(scale), *scale_strides,
+        tiles, groups, R, P, C, 1 if groups is None else groups.shape[0] - 1,
+        SCALING=SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
+        SCALE_TILES=tiled, RAGGED=tiles is not None, BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
+    )  # fmt: skip
 
 
 def straight_block(element_size: int, gated: bool) -> int:

@@ -31,7 +31,8 @@ from xmoe.kernels.e4m3 import (
     pair_inverse,
 )
 from xmoe.kernels.launch import launch
-from xmoe.kernels.quantize_columns import SCALING, in_order, transposed
+from xmoe.kernels.quantize_blocks import SCALING
+from xmoe.kernels.quantize_columns import in_order, transposed
 from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
 from xmoe.operands import TOKEN_TILE, padded_tokens

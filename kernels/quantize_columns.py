@@ -21,13 +21,14 @@ from xmoe.kernels.e4m3 import (
     no_magnitudes,
 )
 from xmoe.kernels.launch import launch
+from xmoe.kernels.quantize_blocks import SCALING, scale_bits
+from xmoe.kernels.scale_tiles import tile_byte
 from xmoe.kernels.swiglu import read
 from xmoe.kernels.tiles import cdiv, tile_rows
-from xmoe.operands import FP8_BLOCK, TOKEN_TILE
+from xmoe.operands import FP8_BLOCK, SCALE_TILE_ROWS, TOKEN_TILE
 
 EMPTY_SCALE = 2.0**-48
 """Of a column without tokens: that of amax 1e-12."""
-SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
 
 
 @triton.jit(do_not_specialize=["G"])
@@ -72,14 +73,14 @@ def transposed(words, left, BLOCK_C: tl.constexpr):
     return tl.reshape(tl.permute(blocks, (1, 0, 2)), (BLOCK_C, 32))
 
 
-@triton.jit(do_not_specialize=["G", "stride_st", "stride_sc"])
+@triton.jit(do_not_specialize=["G", "stride_st", "stride_sc", "first_block"])
 def columns(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, stride_dt, stride_dc,
-    scale_ptr, stride_st, stride_sc,
+    scale_ptr, stride_st, stride_sc, first_block,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    SCALING: tl.constexpr, GATED: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr,
+    SCALING: tl.constexpr, GATED: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr, SCALE_TILES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_R = 128 rows and BLOCK_C columns, read once, written transposed. A thread holds 32 rows of its
@@ -88,7 +89,8 @@ def columns(
 
     A ragged tile t goes to columns t * BLOCK_R of data; a dense one to its own rows of its group. Ragged data is
     written whole (padding and unused tiles are zero). "blockwise" scales: one for each column of a ragged tile, one
-    for all of a dense tile."""
+    for all of a dense tile. SCALE_TILES: stride_sc tiles are side by side, and the scales of a dense group begin at
+    first_block."""
     tl.static_assert(BLOCK_R == 128, "four blocks of 32 rows")
     tile = tl.program_id(0)
     group, first, end = tile_rows(tile, tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
@@ -155,10 +157,20 @@ def columns(
             tl.store(out, fp8_scale(tl.max(largest, 0)))
     elif RAGGED:  # a tile's four bytes are one word
         four = tl.sum(byte << (8 * block)[:, None], 0)
-        tl.store(scale_ptr.to(tl.pointer_type(tl.int32)) + col * (stride_sc // 4) + tile, four, col < C)
+        out = col * (stride_sc // 4) + tile
+        written = col < C
+        if SCALE_TILES:
+            out = tile_byte(col, tile * 4, stride_sc) // 4
+            written = col < tl.cdiv(C, 128) * 128
+        tl.store(scale_ptr.to(tl.pointer_type(tl.int32)) + out, four, written)
     else:
-        out = scale_ptr + group * stride_st + col[None, :] * stride_sc + out_first // 32 + block[:, None]
-        tl.store(out, byte.to(tl.uint8), (first + block * 32 < R)[:, None] & (col < C)[None, :])
+        block += out_first // 32
+        if SCALE_TILES:
+            out = tile_byte(col[None, :], first_block + block[:, None], stride_sc)
+        else:
+            out = col[None, :] * stride_sc + block[:, None]
+        inside = (block * 32 < R)[:, None] & (col < C)[None, :]
+        tl.store(scale_ptr + group * stride_st + out, byte.to(tl.uint8), inside)
 
 
 @triton.jit
@@ -173,10 +185,6 @@ def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
         tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
 
 
-def scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
-    return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
-
-
 def launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False):
     """Raises `amax` [G, C] to the largest magnitudes of x, where they are larger. Arguments as in `launch_columns`."""
     ragged = tiles is not None
@@ -189,8 +197,9 @@ def launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False)
 
 
 def launch_columns(
-    x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, gated=False
-):
+    x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, gated=False,
+    scale_tiles=False, first_block=0,
+):  # fmt: skip
     """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
     if format == "fp8_rowwise":
@@ -200,14 +209,15 @@ def launch_columns(
     if num_tiles:
         block_c, warps = column_blocks(SCALING[format], ragged, x.element_size())
         assert data.shape[-1] % 4 == 0, f"data {data.shape}: it is written in words of four"
+        width = cdiv(C, SCALE_TILE_ROWS) * SCALE_TILE_ROWS if scale_tiles else C
         launch(
-            columns, (num_tiles, cdiv(C, block_c)),
+            columns, (num_tiles, cdiv(width, block_c)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
             data.view(torch.int32), *(s // 4 for s in data_strides),
-            scale_bits(scale), *scale_strides,
+            scale_bits(scale), *scale_strides, first_block,
             amax, tiles, groups, G, 0 if ragged else R, C,
             SCALING=SCALING[format], GATED=gated, RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
-            BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=hardware(x), num_warps=warps,
+            SCALE_TILES=scale_tiles, BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=hardware(x), num_warps=warps,
         )  # fmt: skip
 
 

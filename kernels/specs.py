@@ -13,7 +13,7 @@ import torch
 
 from xmoe.config import Accumulation, GroupedMMConfig
 from xmoe.kernels.dispatch import Device, Elements, Implementation, select
-from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE, padded_tokens
+from xmoe.operands import FP8_BLOCK, MX_BLOCK, SCALE_BLOCKS, TOKEN_TILE, padded_tokens, scale_tiles_shape
 
 try:
     import triton  # noqa: F401
@@ -97,6 +97,12 @@ def _operand(
     return {name: TensorSpec((*lead, C), "float8_e4m3fn"), f"{name}_scale": scale}
 
 
+def scale_tiles(*lead: int, rows: int, C: int) -> TensorSpec:
+    """The scales of [*lead, rows, C] in tiles. Where the rows are tokens, each group begins a tile, as it does in a
+    wgrad operand."""
+    return TensorSpec((*lead, *scale_tiles_shape(rows, C)), "float8_e8m0fnu")
+
+
 def weights_spec(
     out: int, contraction: int, p: Problem, config: GroupedMMConfig, impl: Implementation
 ) -> dict[str, TensorSpec]:
@@ -108,13 +114,18 @@ def weights_spec(
         specs["b_amax"] = TensorSpec((p.G, out), "int32")
     if config.format == "fp8_blockwise":
         specs["b_scale"] = TensorSpec((p.G, -(-out // FP8_BLOCK), -(-contraction // FP8_BLOCK)), "float32")
+    if impl.scale_tiles:
+        specs["b_scale"] = scale_tiles(p.G, rows=out, C=contraction)
     return specs
 
 
 def _rows(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, impl: Implementation):
     if config.format == "bf16":
         return {} if dtype == "bfloat16" else {name: TensorSpec((p.M, C), "bfloat16")}
-    return _operand(name, (p.M,), C, config.format, impl.elements, impl.warp_specialized)
+    specs = _operand(name, (p.M,), C, config.format, impl.elements, impl.warp_specialized)
+    if impl.scale_tiles:
+        specs[f"{name}_scale"] = scale_tiles(rows=padded_tokens(p.M, p.G), C=C)
+    return specs
 
 
 def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, impl: Implementation) -> dict[str, TensorSpec]:
@@ -126,6 +137,8 @@ def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, impl: Implem
     specs = _operand(name, (C,), Mp, config.format, "fp8", impl.warp_specialized)
     if config.format == "fp8_rowwise":
         specs[f"{name}_scale"] = TensorSpec((p.G, C), "float32")
+    if impl.scale_tiles:
+        specs[f"{name}_scale"] = scale_tiles(rows=C, C=Mp)
     return specs
 
 
@@ -144,8 +157,8 @@ def token_map(tile: int, p: Problem) -> dict[str, TensorSpec]:
 def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool):
     """``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A: ``a_tokens`` and
     ``a_tokens_scale``: e4m3 [K, Mp] and float32 [G, K] or [K, Mp/128] (`warp_specialized`: [Mp/128, K]) or E8M0
-    [K, Mp/32], or, where the implementation keeps tokens straight, e4m3 [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever
-    the wgrad multiplies: that is what lives until the backward."""
+    [K, Mp/32] (`scale_tiles`: [ceil(K/128), Mp/128, 512]), or, where the implementation keeps tokens straight, e4m3
+    [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives until the backward."""
     out = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
     if not save_tokens or saves_input(config):
         return out

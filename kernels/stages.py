@@ -86,6 +86,7 @@ class _KernelCalls:
     """`pipeline`'s launches by stage, into tensors of their own."""
 
     def __init__(self, problem: pipeline.Problem, config: GroupedMMConfig, device: Device, offs: torch.Tensor) -> None:
+        self.scale_tiles = select(config, device).scale_tiles
         forward = pipeline.forward_spec(problem, config, device)
         backward = pipeline.backward_spec(problem, config, device)
         self._forward, self._backward = (
@@ -113,6 +114,8 @@ def _written(launch: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | No
 
 class _EmulatedCalls:
     """The same of the emulation."""
+
+    scale_tiles = False
 
     def __init__(self, config: GroupedMMConfig, offs: torch.Tensor) -> None:
         self._format, self._offs = config.format, offs
@@ -148,13 +151,13 @@ def _stages(
     calls: "_KernelCalls | _EmulatedCalls",
     suffix: str,
 ) -> list[Stage]:
-    fmt, kind = config.format, "bf16" if suffix else "8 bits"
+    fmt, kind = config.format, "bf16" if suffix else "tiles" if calls.scale_tiles else "8 bits"
 
     def rows() -> tuple[torch.Tensor, ...]:
-        return _tensors(emulation.quantize_rows(A, fmt), kind)
+        return _tensors(emulation.quantize_rows(A, fmt), kind, offs)
 
     def tokens() -> tuple[torch.Tensor, ...]:  # saved for the backward: 8 bits on every device
-        data, scale = _tensors(emulation.quantize_tokens(A, offs, fmt), "8 bits")
+        data, scale = _tensors(emulation.quantize_tokens(A, offs, fmt), "8 bits" if suffix else kind)
         if not suffix:
             return data, scale
         layout = emulation.token_layout(emulation.group_ends(offs, A.shape[0]))
@@ -177,10 +180,13 @@ def _stages(
     return stages
 
 
-def _tensors(operand: QuantizedOperand[torch.Tensor], kind: str) -> tuple[torch.Tensor, ...]:
+def _tensors(
+    operand: QuantizedOperand[torch.Tensor], kind: str, offs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """`kind`: "8 bits", the same with scale "tiles" (of rows, whose groups end at `offs`), or "bf16"."""
     if kind == "bf16":
         return (emulation.dequantize(operand).bfloat16(),)
-    return operand.data, operand.scale
+    return operand.data, emulation.to_scale_tiles(operand.scale, offs) if kind == "tiles" else operand.scale
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from triton.testing import do_bench
 from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, tiles, tuning
 from xmoe.kernels.dispatch import has_warp_specialized
 from xmoe.kernels.tuning import GemmTiles
-from xmoe.operands import FP8_BLOCK, TOKEN_TILE, padded_tokens
+from xmoe.operands import FP8_BLOCK, SCALE_TILE_ROWS, TOKEN_TILE, padded_tokens, scale_tiles_shape
 from xmoe.shapes import ALL, Shape, offsets
 
 CLASSES = {
@@ -43,6 +43,8 @@ def candidates(element: str, warp_specialized: bool) -> Iterator[GemmTiles]:
     for (rows, cols), stages, band in itertools.product(
         [(128, 256), (256, 128), (128, 128), (64, 256), (64, 128)], (3, 4), (4, 8, 16)
     ):
+        if element == "mx" and (rows != SCALE_TILE_ROWS or cols % SCALE_TILE_ROWS):
+            continue
         for parts in (1, 2) if cols == 256 else (1,):
             yield GemmTiles(rows, cols, depth, 4 if rows * cols <= 8192 else 8, stages, band, parts)
 
@@ -69,12 +71,14 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
         if blockwise:
             x = torch.exp2(torch.randint(-2, 3, (*rows, -(-C // FP8_BLOCK)), device="cuda").float())
             return x.mT.contiguous().mT if blocks_first and warp_specialized else x
-        return torch.full((*rows, -(-C // 32)), 127, dtype=torch.uint8, device="cuda").view(torch.float8_e8m0fnu)
+        shape = *rows[:-1], *scale_tiles_shape(rows[-1], C)
+        return torch.full(shape, 127, dtype=torch.uint8, device="cuda").view(torch.float8_e8m0fnu)
 
     if kernel == "grouped_mm":
         a, b, out = random(M, K), random(G, N, K), torch.empty(M, N, dtype=out_dtype, device="cuda")
         b_lines = -(-N // FP8_BLOCK) if blockwise else N
-        a_scale, b_scale = scales(M, C=K, blocks_first=True), scales(G, b_lines, C=K)
+        a_rows = padded_tokens(M, G) if element == "mx" else M
+        a_scale, b_scale = scales(a_rows, C=K, blocks_first=True), scales(G, b_lines, C=K)
 
         def launch(t: GemmTiles) -> None:
             token_tiles = torch.empty(tiles.max_tiles(M, G, t.rows), 4, dtype=torch.int32, device="cuda")

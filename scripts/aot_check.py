@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time for sm_89, sm_90, sm_100 and sm_120, without a GPU, and look at the result.
 
-For each: shared memory under the device's limit, no spills (sm_90, sm_100), and in its PTX the tensor-core
-instruction that the kernel is for (wgmma e4m3 / bf16 on sm_90; tcgen05, block-scaled for MXFP8, on sm_100).
+For each: shared and tensor memory under the device's limits, no spills (sm_90, sm_100), and in its PTX the tensor-core
+instructions that the kernel is for (wgmma e4m3 / bf16 on sm_90; tcgen05 on sm_100, block-scaled for MXFP8, its scales
+copied from shared to tensor memory).
 
     python scripts/aot_check.py [--only PATTERN] [--sm 90]
 """
@@ -33,6 +34,7 @@ from xmoe.kernels import (
     quantize_blocks,
     quantize_both,
     quantize_columns,
+    quantize_rows_fp8,
     swiglu,
     tiles,
     tuning,
@@ -42,6 +44,10 @@ from xmoe.operands import FP8_BLOCK, TOKEN_TILE
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes a block can have (CUDA C++ Programming Guide, table of technical specifications)."""
+SCALES_FROM_REGISTERS = r"ttng\.tmem_(?:alloc|store) %.*tensor<\w*xi8"
+"""How Triton's GPU dialect writes a tensor of bytes to tensor memory; from shared memory it is `ttng.tmem_copy`."""
+TENSOR_MEMORY = 512
+"""Columns of a multiprocessor (PTX ISA, tensor memory addressing)."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class Case:
     sm: int
     warps: int = 4
     stages: int = 3
-    instruction: str = ""
-    """A regular expression that the PTX must contain."""
+    instructions: tuple[str, ...] = ()
+    """Regular expressions that the PTX must contain."""
     divisible: tuple[str, ...] = field(default=())
     """Arguments known to be multiples of 16."""
     registers: int | None = None
@@ -72,28 +78,29 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
         x = {"x_ptr": f"*{dtype}"}
         for C in (768, 2048, 5120, 7168, 8192, 16384):
             for amax in (True, False):
-                pieces = quantize.row_pieces(C)
-                warps, _, stages = quantize.row_schedule(pieces, 2 if dtype == "bf16" else 4, False)
-                yield Case(f"rows_fp8[{dtype},{pieces},amax={amax}]", quantize._rows_fp8,
+                pieces = quantize_rows_fp8.row_pieces(C)
+                warps, _, stages = quantize_rows_fp8.row_schedule(pieces, 2 if dtype == "bf16" else 4, False)
+                yield Case(f"rows_fp8[{dtype},{pieces},amax={amax}]", quantize_rows_fp8._rows_fp8,
                            x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
                            ({} if amax else {"amax_ptr": None, "groups_ptr": None})
                            | {"kept_ptr": None, "stride_xc": 1, "AMAX": amax, "PIECES": pieces, "STAGES": stages,
                               "HARDWARE": 2},
                            sm, warps, divisible=("stride_xg", "stride_xr", "C"))  # fmt: skip
-        yield Case(f"long_rows_fp8[{dtype}]", quantize._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
+        yield Case(f"long_rows_fp8[{dtype}]", quantize_rows_fp8._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
                    {"stride_xc": 1, "BLOCK_C": 4096, "HARDWARE": 2}, sm, divisible=("stride_xr", "C"))  # fmt: skip
         for fmt, bf16_out in (("rceil", False), ("floor", False), ("rceil", True)):
+            tiled = sm == 100 and not bf16_out
             mx = {"SCALING": "mx", "RCEIL": fmt == "rceil", "DEQUANTIZE": bf16_out, "HARDWARE": 2}
             data = {"data_ptr": "*bf16" if bf16_out else i8}
             scale = {"scale_ptr": None} if bf16_out else {}
-            yield Case(f"rows_blocks[{dtype},{fmt},bf16_out={bf16_out}]", quantize_blocks.rows_blocks,
-                       x | data | {"scale_ptr": u8},
-                       mx | scale | {"stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROW_BLOCKS}, sm,
-                       divisible=("stride_xr", "C"))  # fmt: skip
+            for ragged in (True, False) if tiled else (False,):
+                label = f"{dtype},{fmt},bf16_out={bf16_out}" + (f",scale_tiles,ragged={ragged}" if tiled else "")
+                yield rows_case(label, x | data | {"scale_ptr": u8}, mx | scale | {"SCALE_TILES": tiled}, ragged, sm)
             for ragged in (True, False):
                 if not bf16_out:
                     yield columns_case(f"{dtype},{fmt},ragged={ragged}", x | {"scale_ptr": u8},
-                                       {"SCALING": "mx", "RCEIL": mx["RCEIL"], "HARDWARE": 2, "amax_ptr": None},
+                                       {"SCALING": "mx", "RCEIL": mx["RCEIL"], "HARDWARE": 2, "amax_ptr": None,
+                                        "SCALE_TILES": tiled},
                                        ragged, sm)  # fmt: skip
                 if ragged or bf16_out:
                     yield Case(f"columns_straight[{dtype},{fmt},ragged={ragged},bf16_out={bf16_out}]",
@@ -105,10 +112,8 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                                   "BLOCK_C": quantize_blocks.straight_block(2, False)}, sm, 1,
                                divisible=("stride_xg", "stride_xr", "C", "stride_dg", "R"))  # fmt: skip
         blockwise = {"SCALING": "blockwise", "RCEIL": False, "HARDWARE": 2}
-        yield Case(f"rows_blocks[{dtype},blockwise]", quantize_blocks.rows_blocks,
-                   x | {"data_ptr": i8, "scale_ptr": f32},
-                   blockwise | {"DEQUANTIZE": False, "stride_xc": 1, "BLOCK_R": 4, "BLOCK_C": quantize.ROW_BLOCKS}, sm,
-                   divisible=("stride_xr", "C"))  # fmt: skip
+        yield rows_case(f"{dtype},blockwise", x | {"data_ptr": i8, "scale_ptr": f32},
+                        blockwise | {"DEQUANTIZE": False, "SCALE_TILES": False}, False, sm)  # fmt: skip
         yield Case(f"square_blocks[{dtype}]", quantize_blocks.square_blocks, x | {"data_ptr": i8, "scale_ptr": f32},
                    {"stride_xc": 1, "BLOCK": FP8_BLOCK, "HARDWARE": 2}, sm, quantize.SQUARE_WARPS,
                    divisible=("stride_xg", "stride_xp", "P", "C"))  # fmt: skip
@@ -118,10 +123,10 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
                        | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
-            rowwise = blockwise | {"SCALING": "rowwise"}
+            rowwise = blockwise | {"SCALING": "rowwise", "SCALE_TILES": False}
             yield columns_case(f"{dtype},rowwise,ragged={ragged}", x | {"scale_ptr": f32}, rowwise, ragged, sm)
             yield columns_case(f"{dtype},blockwise,ragged={ragged}", x | {"scale_ptr": f32},
-                               blockwise | {"amax_ptr": None}, ragged, sm)  # fmt: skip
+                               blockwise | {"amax_ptr": None, "SCALE_TILES": False}, ragged, sm)  # fmt: skip
     for label, scaling, rceil in (("blockwise", "blockwise", True), ("rceil", "mx", True), ("floor", "mx", False)):
         mx = scaling == "mx"
         data = {"rows_ptr": "*bf16", "data_ptr": i8, "scale_ptr": u8} if mx else {"rows_ptr": i8, "data_ptr": i32}
@@ -145,6 +150,15 @@ def swiglu_cases(sm: int) -> Iterator[Case]:
                    {"BLOCK": swiglu.BLOCK}, sm, divisible=("H",))  # fmt: skip
 
 
+def rows_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
+    types = types | {"tiles_ptr": "*i32", "groups_ptr": "*i32"}
+    constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
+    block_c = quantize_blocks.ROW_BLOCKS
+    constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": 4096 // block_c, "BLOCK_C": block_c}
+    return Case(f"rows_blocks[{label}]", quantize_blocks.rows_blocks, types, constants, sm,
+                divisible=("stride_xg", "stride_xr", "C"))  # fmt: skip
+
+
 def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
     types = types | dict.fromkeys(("data_ptr", "tiles_ptr", "groups_ptr", "amax_ptr"), "*i32")
     constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
@@ -160,12 +174,12 @@ def gated(case: Case) -> Iterator[Case]:
         yield case
         return
     yield replace(case, constants=case.constants | {"GATED": False})
-    if case.constants.get("RAGGED", True):
+    if case.constants.get("RAGGED", True) or case.kernel is quantize_blocks.rows_blocks:
         constants, size = case.constants | {"GATED": True}, 2 if case.types["x_ptr"] == "*bf16" else 4
         if case.kernel is quantize_blocks.columns_straight:
             constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
-        if case.kernel is quantize._rows_fp8:
-            warps, _, constants["STAGES"] = quantize.row_schedule(constants["PIECES"], size, True)
+        if case.kernel is quantize_rows_fp8._rows_fp8:
+            warps, _, constants["STAGES"] = quantize_rows_fp8.row_schedule(constants["PIECES"], size, True)
             case = replace(case, warps=warps)
             if constants["AMAX"]:
                 constants.pop("kept_ptr")
@@ -178,23 +192,23 @@ def with_cast(case: Case) -> Case:
     if "HARDWARE" not in case.constants or "x_ptr" not in case.types:
         return case
     if case.sm != 89:
-        return replace(case, instruction=r"cvt\.rn\.satfinite\.e4m3x2\.f32")
+        return replace(case, instructions=(r"cvt\.rn\.satfinite\.e4m3x2\.f32",))
     if case.types["x_ptr"] == "*fp32":
         return replace(case, constants=case.constants | {"HARDWARE": 0})
     constants = case.constants | {"HARDWARE": 1}
-    return replace(case, constants=constants, instruction=r"cvt\.rn\.satfinite\.e4m3x2\.f(16x2|32)")
+    return replace(case, constants=constants, instructions=(r"cvt\.rn\.satfinite\.e4m3x2\.f(16x2|32)",))
 
 
 INSTRUCTIONS = {
-    (89, "fp8"): r"mma\.sync\S*e4m3",
-    (89, "bf16"): r"mma\.sync\S*bf16",
-    (90, "fp8"): r"wgmma\.mma_async\S*e4m3",
-    (90, "bf16"): r"wgmma\.mma_async\S*bf16",
-    (100, "fp8"): r"tcgen05\.mma\S*f8f6f4",
-    (100, "bf16"): r"tcgen05\.mma\S*f16",
-    (100, "mx"): r"tcgen05\.mma\S*mxf8f6f4\.block_scale",
-    (120, "fp8"): r"mma\.sync\S*e4m3",
-    (120, "bf16"): r"mma\.sync\S*bf16",
+    (89, "fp8"): (r"mma\.sync\S*e4m3",),
+    (89, "bf16"): (r"mma\.sync\S*bf16",),
+    (90, "fp8"): (r"wgmma\.mma_async\S*e4m3",),
+    (90, "bf16"): (r"wgmma\.mma_async\S*bf16",),
+    (100, "fp8"): (r"tcgen05\.mma\S*f8f6f4",),
+    (100, "bf16"): (r"tcgen05\.mma\S*f16",),
+    (100, "mx"): (r"tcgen05\.mma\S*mxf8f6f4\.block_scale", r"tcgen05\.cp\S*32x128b"),
+    (120, "fp8"): (r"mma\.sync\S*e4m3",),
+    (120, "bf16"): (r"mma\.sync\S*bf16",),
 }
 
 
@@ -240,7 +254,7 @@ def hopper_case(name: str, t: tuning.GemmTiles, out: str, shape_class: str) -> C
     }  # fmt: skip
     label = f"{name}[blockwise,{out},{shape_class},warp-specialized]"
     return Case(label, grouped_gemm_hopper._blockwise, types, constants, 90, grouped_gemm_hopper.WARPS,
-                instruction=INSTRUCTIONS[90, "fp8"], divisible=("S", "stride_out"),
+                instructions=INSTRUCTIONS[90, "fp8"], divisible=("S", "stride_out"),
                 registers=grouped_gemm_hopper.LAUNCH_REGISTERS)  # fmt: skip
 
 
@@ -256,20 +270,22 @@ def loads(shape_class: str, elements: str) -> tuple[tuple[str, bool], ...]:
 def gemm_case(name, kernel, elements, t, sm, out, precise, a_block, b_block, constants, label) -> Case:
     dtype = "bf16" if elements == "bf16" else "fp8e4nv"
     scaling = {"fp8": "rowwise", "blockwise": "blockwise", "mx": "mx", "bf16": "none"}[elements]
-    scale_type = "*u8" if elements == "mx" else "*fp32"
-    no_scales = {"a_scale_ptr": None, "b_scale_ptr": None} if elements == "bf16" else {}
+    scale_types = ["*fp32"] * 2
+    if elements == "mx":
+        scale_types = [f"tensordesc<u8[{size // 128}, {t.depth // 128}, 2, 256]>" for size in (t.rows, t.cols)]
+    no_scales = {"a_scales": None, "b_scales": None} if elements == "bf16" else {}
     types = {
         "a_desc": f"tensordesc<{dtype}{a_block}>", "b_desc": f"tensordesc<{dtype}{b_block}>",
         "out_desc": f"tensordesc<{out}[1, 1, {t.rows}, {t.cols // t.parts}]>", "out_ptr": f"*{out}",
-        "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "a_scale_ptr": scale_type, "b_scale_ptr": scale_type,
+        "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "a_scales": scale_types[0], "b_scales": scale_types[1],
         "tiles_ptr": "*i32", "groups_ptr": "*i32",
     }  # fmt: skip
     constants = constants | no_scales | {"SCALING": scaling, "PRECISE": precise, "PROGRAMS": 132, "BAND": t.band,
                                          "STAGES": t.stages if scaling == "blockwise" else None,
                                          "PARTS": t.parts}  # fmt: skip
-    instruction = INSTRUCTIONS[sm, "fp8" if elements == "blockwise" else elements]
+    instructions = INSTRUCTIONS[sm, "fp8" if elements == "blockwise" else elements]
     label = f"{name}[{elements},{out},{label}{',precise' if precise else ''}]"
-    return Case(label, kernel, types, constants, sm, t.warps, t.stages, instruction,
+    return Case(label, kernel, types, constants, sm, t.warps, t.stages, instructions,
                 ("P", "Q", "C", "stride_out", "stride_a", "stride_b"))  # fmt: skip
 
 
@@ -295,8 +311,13 @@ def compile_case(case: Case) -> list[str]:
     faults = []
     if kernel.metadata.shared > SHARED_MEMORY[case.sm]:
         faults.append(f"{kernel.metadata.shared} bytes of shared memory, {SHARED_MEMORY[case.sm]} allowed")
-    if case.instruction and not re.search(case.instruction, kernel.asm["ptx"]):
-        faults.append(f"no {case.instruction} in the PTX")
+    if (columns := kernel.metadata.tmem_size or 0) > TENSOR_MEMORY:
+        faults.append(f"{columns} columns of tensor memory, {TENSOR_MEMORY} allowed")
+    for instruction in case.instructions:
+        if not re.search(instruction, kernel.asm["ptx"]):
+            faults.append(f"no {instruction} in the PTX")
+    if re.search(SCALES_FROM_REGISTERS, kernel.asm["ttgir"]):
+        faults.append("scales pass through registers")
     if case.sm in (90, 100) and (spilled := spills(kernel.asm["cubin"])):
         faults.append(f"{spilled} bytes of stack (spilled registers)")
     return faults

@@ -14,6 +14,11 @@ TOKEN_TILE = 128
 MX_BLOCK = 32
 """Elements that share one E8M0 scale (OCP Microscaling Formats v1.0, section 5)."""
 
+SCALE_TILE_ROWS, SCALE_TILE_BLOCKS, SCALE_TILE_BYTES = 128, 4, 512
+"""A block-scaled tensor core reads E8M0 scales in tiles of 512 bytes: those of 128 rows, 4 blocks each. The scale of
+row r and block c of a tile is its byte (r % 32) * 16 + r // 32 * 4 + c (PTX ISA, tcgen05.mma, scale factor layout of
+scale_vec::1X; cuBLAS, 1D block scaling factors layout)."""
+
 FP8_BLOCK = 128
 """Elements of the contraction that share one scale of ``fp8_blockwise``; also a weight block's other side."""
 SCALE_BLOCKS = {"fp8_blockwise": FP8_BLOCK, "mxfp8_rceil": MX_BLOCK, "mxfp8_floor": MX_BLOCK}
@@ -30,12 +35,17 @@ def padded_tokens(M: int, G: int) -> int:
     return (M + G * (TOKEN_TILE - 1)) // TOKEN_TILE * TOKEN_TILE
 
 
+def scale_tiles_shape(rows: int, C: int) -> tuple[int, int, int]:
+    """The shape of the scale tiles of `rows` rows of C elements: [ceil(rows/128), ceil(C/128), 512]."""
+    return -(-rows // SCALE_TILE_ROWS), -(-C // (MX_BLOCK * SCALE_TILE_BLOCKS)), SCALE_TILE_BYTES
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedOperand(Generic[Array]):
     """A GEMM operand in 8 bits: e4m3 data, its scales, and the logical axis that they run along.
 
     Invariants: the contraction is the last axis of ``data``; dequantized = data * scale; the shapes are those of the
-    layout tables in ``docs/design.md``. ``Array`` is a numpy, torch or jax array.
+    layout tables in ``docs/design.md`` (never those in scale tiles). ``Array`` is a numpy, torch or jax array.
     """
 
     data: Array

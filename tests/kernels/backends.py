@@ -1,8 +1,13 @@
 """Where the Triton kernels run in a test: in the CPU interpreter, or on a GPU (`pytest -m gpu`)."""
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import torch
 import triton
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -26,6 +31,18 @@ class Gpu:
 
     device = torch.device("cuda", 0)
     hardware = True
+
+
+def interpreted_dot_scaled(a, a_scale, a_format, b, b_scale, b_format, acc) -> Any:
+    """`tl.dot_scaled` of e4m3 a [M, K] and b [K, N] with E8M0 scales [M, K/32] and [N, K/32], padding and all."""
+    assert a_format == b_format == "e4m3", f"{a_format} and {b_format}: only e4m3 here"
+
+    def values(data: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        factor = np.repeat(scale.astype(np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float64), 32, 1)
+        return data.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64) * factor
+
+    left, right = values(a.handle.data, a_scale.handle.data), values(b.handle.data.T.copy(), b_scale.handle.data)
+    return tl.tensor(TensorHandle((acc.handle.data + left @ right.T).astype(np.float32), tl.float32), acc.type)
 
 
 def same_bytes(x: torch.Tensor, expected: np.ndarray) -> bool:

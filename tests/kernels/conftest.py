@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+import triton.language as tl
 
-from tests.kernels.backends import INTERPRETER_WORKS, Gpu, Interpreter
+from tests.kernels.backends import INTERPRETER_WORKS, Gpu, Interpreter, interpreted_dot_scaled
 from xmoe.kernels import e4m3
 
 
@@ -18,6 +19,13 @@ def backend(request: pytest.FixtureRequest):
     if request.param is Interpreter and not INTERPRETER_WORKS:
         pytest.skip("this triton's interpreter needs numpy < 2.4")
     return request.param
+
+
+@pytest.fixture
+def dot_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the interpreter the block-scaled MMA that it lacks."""
+    if not e4m3.HARDWARE:
+        monkeypatch.setattr(tl, "dot_scaled", interpreted_dot_scaled)
 
 
 @pytest.fixture

@@ -143,8 +143,10 @@ def test_calls_that_come_again(recipe, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_native_mx():
-    Run("mxfp8_rceil", "uneven", device=NATIVE_MX).check()
+@pytest.mark.parametrize("H", [96, 128])
+def test_native_mx(H):
+    """A hidden width that ends inside a tile of scales, and one that does not."""
+    Run("mxfp8_rceil", "uneven", device=NATIVE_MX, H=H).check()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -165,6 +167,15 @@ def test_in_the_interpreter(recipe, pattern, monkeypatch):
     if recipe.startswith("mx"):
         monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())
     Run(recipe, pattern, dtype=torch.float32, M=99, D=48, H=H, G=3, device=Device("cuda", (9, 0)), where="cpu").check()
+
+
+@pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.usefixtures("dot_scaled")
+@pytest.mark.parametrize("H", [96, 128])
+def test_scale_tiles_in_the_interpreter(H, monkeypatch):
+    """As `test_native_mx`, but for the MMA itself."""
+    monkeypatch.setattr(call, "programs", lambda index: 3)
+    Run("mxfp8_rceil", "uneven", dtype=torch.float32, M=99, D=48, H=H, G=3, device=NATIVE_MX, where="cpu").check()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

@@ -12,6 +12,7 @@ from tests.kernels.test_quantize import token_map
 from xmoe import oracle
 from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, tuning
 from xmoe.kernels.dispatch import has_warp_specialized
+from xmoe.kernels.emulation import to_scale_tiles
 from xmoe.kernels.tuning import GemmTiles
 from xmoe.operands import TOKEN_TILE
 
@@ -234,22 +235,25 @@ def test_plain_tokens(backend, M, ends):
             assert group.end > group.start or not out[g].any()
 
 
-@pytest.mark.gpu
+@pytest.mark.usefixtures("dot_scaled")
 @pytest.mark.parametrize("fmt", ["mxfp8_rceil", "mxfp8_floor"])
-@pattern
-def test_native_mx(M, ends, fmt):
-    """The block-scaled kernel that sm_100 gets natively; elsewhere Triton computes `tl.dot_scaled` through bf16."""
-    G, K, N = len(ends), 80, 48
-    A, B, D = normal(M, K), normal(G, K, N), normal(M, N)
-    device, tuned = torch.device("cuda"), GemmTiles(rows=64, cols=64, depth=64, warps=4, stages=2, band=8, parts=2)
+@pytest.mark.parametrize(("M", "ends"), [*PATTERNS.values(), (400, [140, 140, 400])], ids=[*PATTERNS, "several tiles"])
+def test_native_mx(backend, M, ends, fmt):
+    """The block-scaled kernel that sm_100 gets natively; on other GPUs Triton computes `tl.dot_scaled` through bf16.
+    Scales in two tiles along either axis, which differ from block to block."""
+    G, K, N = len(ends), 176, 144
+    A, B, D = spread(normal(M, K)), spread(normal(G, K, N)), spread(normal(M, N))
+    out_dtype = torch.bfloat16 if backend.hardware else torch.float32
+    device, tuned = backend.device, GemmTiles(rows=128, cols=128, depth=128, warps=4, stages=2, band=8, parts=2)
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
     a, b = oracle.quantize_rows(A.numpy(), fmt), oracle.quantize_weights(B.numpy(), "K", fmt)
-    out = torch.full((M, N), float("nan"), dtype=torch.bfloat16, device=device)
-    operands = [tensor(x, device) for x in (a.data, a.scale, b.data, b.scale)]
-    grouped_gemm.grouped_mm(*operands, *token_map(offs, M, tuned.rows), out, tuned, 5)
+    out = torch.full((M, N), float("nan"), dtype=out_dtype, device=device)
+    data, scale = tensor(a.data, device), to_scale_tiles(tensor(a.scale, device), offs)
+    weights, b_scale = tensor(b.data, device), to_scale_tiles(tensor(b.scale, device))
+    grouped_gemm.grouped_mm(data, scale, weights, b_scale, *token_map(offs, M, tuned.rows), out, tuned, 5)
     close(out, oracle.grouped_mm(a, b, ends))
     a, d = (oracle.quantize_tokens(x.numpy(), ends, fmt) for x in (A, D))
-    out = torch.full((G, K, N), float("nan"), dtype=torch.bfloat16, device=device)
-    operands = [tensor(x, device) for x in (a.data, a.scale, d.data, d.scale)]
+    out = torch.full((G, K, N), float("nan"), dtype=out_dtype, device=device)
+    operands = [f(tensor(x, device)) for op in (a, d) for f, x in ((torch.clone, op.data), (to_scale_tiles, op.scale))]
     grouped_gemm.grouped_mm_tokens(*operands, token_map(offs, M, TOKEN_TILE)[1], out, tuned, 5)
     close(out, oracle.grouped_mm_tokens(a, d, ends))

@@ -14,7 +14,7 @@ from tests.kernels.backends import INTERPRETER_WORKS, arrays
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.kernels import call, e4m3, grouped_gemm, pipeline
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
-from xmoe.operands import padded_tokens
+from xmoe.operands import padded_tokens, scale_tiles_shape
 from xmoe.shapes import PATTERNS, offsets
 
 KERNEL_TIER_DB = 50
@@ -156,6 +156,21 @@ def test_mx_through_bf16_in_the_interpreter(recipe, pattern, stored, monkeypatch
         M=150, K=48, N=32, where="cpu").check()  # fmt: skip
 
 
+@pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.usefixtures("dot_scaled")
+@pytest.mark.parametrize(
+    ("recipe", "pattern", "stored"),
+    [("mxfp8_rceil", "short", "GNK"), ("mxfp8_floor", "uneven", "GKN"), ("mxfp8_rceil_wgrad_with_hp", "empty", "GKN")],
+)
+def test_scale_tiles_in_the_interpreter(recipe, pattern, stored, monkeypatch):
+    """sm_100's path but for the MMA itself; K and N end inside a tile of scales, and inside a block."""
+    monkeypatch.setattr(call, "programs", lambda index: 3)
+    if recipe.endswith("hp"):
+        monkeypatch.setattr(grouped_gemm, "grouped_mm_tokens", Float64Gemm().grouped_mm_tokens)
+    Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored, device=NATIVE_MX,
+        M=300, K=48, N=144, where="cpu").check()  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_floor"])
 def test_no_tokens(recipe):
@@ -271,17 +286,21 @@ def test_dispatch(capability, fp8, mx):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_spec_of_what_is_saved(recipe):
-    """Saved for the backward: one byte an element and its scales, or A itself; tokens last, unless MMAs are in bf16."""
+    """Saved for the backward: one byte an element and its scales, or A itself; tokens last, unless MMAs are in bf16;
+    scales in tiles where the MMAs take them so."""
     config = config_from_recipe(recipe)
     problem = pipeline.Problem(M, N, K, G)
     cpu, sm90, sm100 = (
         pipeline.forward_spec(problem, config, device).outputs
         for device in (Device("cpu"), Device("cuda", (9, 0)), Device("cuda", (10, 0)))
     )
-    assert cpu == sm100
+    mx = recipe in ("mxfp8_rceil", "mxfp8_floor")
+    assert mx or cpu == sm100
     assert ("a_tokens" in cpu) != pipeline.saves_input(config)
     Mp = padded_tokens(M, G)
-    if recipe in ("mxfp8_rceil", "mxfp8_floor"):
+    if mx:
+        assert sm100["a_tokens"] == cpu["a_tokens"]
+        assert sm100["a_tokens_scale"] == pipeline.TensorSpec(scale_tiles_shape(K, Mp), "float8_e8m0fnu")
         assert cpu["a_tokens"] == pipeline.TensorSpec((K, Mp), "float8_e4m3fn")
         assert sm90["a_tokens"] == pipeline.TensorSpec((M, K), "float8_e4m3fn")
         assert sm90["a_tokens_scale"].shape == cpu["a_tokens_scale"].shape[::-1]
