@@ -1,8 +1,8 @@
 """Both operands of an activation, rows and tokens, from one read: for formats whose scales are of blocks.
 
-M tokens, C columns. What the operands hold is in `quantize.py` and docs/design.md. A program has a tile of 128 tokens
-of one group and 128 columns, a warp ROWS of the tokens, a thread four columns: along tokens a thread finds maxima by
-itself, along a row those of two tokens (a pair, `e4m3.py`) travel through the warp in one register.
+M tokens, C columns. What the operands hold is in `quantize.py` and docs/design.md. A program has BLOCK_R tokens of one
+group, as many as a block along tokens, and 128 columns; a warp has ROWS of the tokens, a thread four columns. Maxima
+along tokens are found in the thread, those along two rows (a pair, `e4m3.py`) travel through the warp in one register.
 
 "blockwise": rows in e4m3, tokens transposed. "mx": what bf16 MMAs multiply, rows as bf16, tokens straight.
 """
@@ -38,9 +38,6 @@ from xmoe.kernels.tiles import cdiv, tile_rows
 from xmoe.operands import TOKEN_TILE, padded_tokens
 
 BLOCK_C = 128
-ROWS = 16
-"""Of a warp, a divisor of 32. All 32 of an MX block take every register there is."""
-WARPS = TOKEN_TILE // ROWS
 
 
 @triton.jit(do_not_specialize=["G", "stride_sr", "stride_sb", "stride_st", "stride_sc"])
@@ -60,9 +57,11 @@ def rows_and_tokens(
     SIZE: tl.constexpr = 32 if SCALING == "mx" else 128
     BLOCKS: tl.constexpr = BLOCK_C // SIZE
     column_blocks = tl.cdiv(C, BLOCK_C)
-    tile = tl.program_id(0) // column_blocks
+    part = tl.program_id(0) // column_blocks
     column_block = tl.program_id(0) % column_blocks
-    _, first, end = tile_rows(tile, tiles_ptr, groups_ptr, G, 0, True, BLOCK_R)
+    tile = part // (128 // BLOCK_R)
+    _, first, end = tile_rows(tile, tiles_ptr, groups_ptr, G, 0, True, 128)
+    first += part % (128 // BLOCK_R) * BLOCK_R
     run = tl.arange(0, RUNS)
     col = (column_block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     left = (end - first - run * ROWS)[:, None]
@@ -106,15 +105,15 @@ def rows_and_tokens(
 
     amax = tl.maximum(low_of(largest), high_of(largest)) << 16
     if SCALING == "mx":
-        byte = mx_byte(tl.max(tl.reshape(amax, (4, 32 // ROWS, BLOCK_C)), 1), RCEIL)
-        inverse = tl.broadcast_to(mx_inverse(byte)[:, None, :], (4, 32 // ROWS, BLOCK_C))
+        byte = mx_byte(tl.max(tl.reshape(amax, (BLOCK_R // 32, 32 // ROWS, BLOCK_C)), 1), RCEIL)
+        inverse = tl.broadcast_to(mx_inverse(byte)[:, None, :], (BLOCK_R // 32, 32 // ROWS, BLOCK_C))
         inverse = tl.reshape(inverse, (RUNS, BLOCK_C))
         data_at = data_ptr + row * C + col[None, :]
         for i in tl.static_range(ROWS):
             x = low_float(pairs[i // 2]) if i % 2 == 0 else high_float(pairs[i // 2])
             tl.store(data_at, encode(x * inverse, HARDWARE), (i < left) & inside)
             data_at += C
-        block = tile * 4 + tl.arange(0, 4)[:, None]
+        block = part * (BLOCK_R // 32) + tl.arange(0, BLOCK_R // 32)[:, None]
         tl.store(scale_ptr + block.to(tl.int64) * C + col[None, :], byte.to(tl.uint8), inside)
     else:
         amax = tl.max(amax, 0)
@@ -131,6 +130,17 @@ def rows_and_tokens(
         word = tile * (BLOCK_R // 4) + tl.arange(0, BLOCK_R // 4)
         tl.store(data_ptr + col[:, None] * stride_dc + word[None, :], words, (col < C)[:, None])
         tl.store(scale_ptr + tile.to(tl.int64) * stride_st + col * stride_sc, fp8_scale(amax), col < C)
+
+
+def schedule(scaling: str, gated: bool) -> tuple[int, int, int | None]:
+    """(BLOCK_R, ROWS, registers a thread, None for what the compiler takes). At [128000, 7168] on an H200, ms, apart 1.39
+    (blockwise) and 1.71 (MX): blockwise with 32 rows 1.22, 1.28 without a limit, with 16 rows 1.35; gated with 16 rows
+    2.00, 2.92 without a limit, with 32 rows 2.04. MX with 8 rows 1.19, with 16 1.22; gated with 16 1.60, with 8 1.77;
+    with 128 tokens a program 1.30 and 1.99 at best. So the spills of blockwise cost less than the warps they make room
+    for gain."""
+    if scaling == "mx":
+        return (32, 16, 104) if gated else (32, 8, None)
+    return (128, 16, 80) if gated else (128, 32, 168)
 
 
 def fuses(format: str, x: torch.Tensor, straight: bool) -> bool:
@@ -169,8 +179,10 @@ def quantize_rows_and_tokens(
         out = *out, scale, scale.stride(1), scale.stride(0)
     else:
         out = rows, None, 0, 0, data.view(torch.int8), 0, scale.view(torch.uint8), 0, 0
+    scaling = SCALING[format]
+    block_r, rows_of_warp, registers = schedule(scaling, gated)
     launch(
-        rows_and_tokens, (num_tiles * cdiv(C, BLOCK_C),), x, *x.stride(), *out, tiles, groups, G, C,
-        SCALING=SCALING[format], GATED=gated, RCEIL=format != "mxfp8_floor",
-        BLOCK_R=TOKEN_TILE, BLOCK_C=BLOCK_C, ROWS=ROWS, HARDWARE=hardware(x), num_warps=WARPS,
+        rows_and_tokens, (num_tiles * (TOKEN_TILE // block_r) * cdiv(C, BLOCK_C),), x, *x.stride(), *out, tiles, groups,
+        G, C, SCALING=scaling, GATED=gated, RCEIL=format != "mxfp8_floor", BLOCK_R=block_r, BLOCK_C=BLOCK_C,
+        ROWS=rows_of_warp, HARDWARE=hardware(x), num_warps=block_r // rows_of_warp, maxnreg=registers,
     )  # fmt: skip
