@@ -11,7 +11,7 @@ import torch
 
 from xmoe.config import Accumulation, GroupedMMConfig
 from xmoe.kernels.dispatch import Device, Elements, select
-from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, gemm_tiles
+from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, gemm_tiles, map_tiles
 from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
@@ -24,7 +24,8 @@ def programs(index: int) -> int:
 
 
 class Call:
-    """The stages of one call: quantize, map, multiply. Reads sizes from the tensors, tile shapes from the problem."""
+    """The stages of one call: prepare, quantize, multiply. Reads sizes from the tensors, tile shapes from the
+    problem."""
 
     def __init__(
         self,
@@ -42,14 +43,16 @@ class Call:
         self.offs, self.scratch = offs, scratch
         self.precise = config.accumulation is Accumulation.PRECISE
         self.programs = programs(offs.device.index)
-        self.mapped: set[int] = set()
 
-    def map(self, M: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-        token_tiles, groups = self.scratch[f"tiles_{tile}"], self.scratch[f"groups_{tile}"]
-        if tile not in self.mapped:
-            tiles.map_tiles(self.offs, M, tile, token_tiles, groups)
-            self.mapped.add(tile)
-        return token_tiles, groups
+    def prepare(self, M: int, *tensors: Tensors) -> None:
+        """The launch before the other stages: of all `tensors` (outputs, scratch) of a call the maps of M tokens, and
+        zeros in the maxima, which are called "...amax"."""
+        maps = {tile: _map(some, tile) for some in tensors for tile in map_tiles(some)}
+        maxima = [some[name] for some in tensors for name in some if name.endswith("amax")]
+        tiles.prepare(self.offs, M, maps, maxima)
+
+    def map(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return _map(self.scratch, tile)
 
     def gemm_tiles(self, kernel: str, elements: Elements, out: torch.Tensor):
         dtype = str(out.dtype).removeprefix("torch.")
@@ -93,7 +96,7 @@ class Call:
         if gated and amax_is_known:
             x, gated = self.scratch["kept"], False
         data, scale = tensors[name], self.rows_first(tensors.get(f"{name}_scale"))
-        map = self.map(x.shape[0], TOKEN_TILE)
+        map = self.map(TOKEN_TILE)
         if self.implementation.straight_tokens:
             quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=gated)
         else:
@@ -115,7 +118,7 @@ class Call:
         if amax is None:
             return self.rows(name, x), False
         rows = self.scratch[name], self.scratch[f"{name}_scale"]
-        _, groups = self.map(x.shape[0], TOKEN_TILE)
+        _, groups = self.map(TOKEN_TILE)
         known = quantize.quantize_rows(
             x, self.config.format, *rows, self.programs, (amax, groups), gated=self.gated, kept=self.scratch.get("kept")
         )
@@ -126,7 +129,7 @@ class Call:
         tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
         a_data, a_scale = a
         b_data, b_scale = self.weights(b)
-        token_tiles, groups = self.map(a_data.shape[0], tuned.rows)
+        token_tiles, groups = self.map(tuned.rows)
         if self.implementation.gemm == "torch":
             _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
             return
@@ -153,26 +156,29 @@ class Call:
 
     def wgrad_hp(self, A: torch.Tensor, dOut: torch.Tensor, dB: torch.Tensor) -> None:
         """dB from A and dOut in bf16, as they lie."""
-        _, groups = self.map(dOut.shape[0], TOKEN_TILE)
+        _, groups = self.map(TOKEN_TILE)
         self.grouped_mm_tokens(self.cast("a_hp", A), None, self.cast("d_hp", dOut), None, groups, dB)
 
-    def saved_tokens(self, a: tuple[torch.Tensor, torch.Tensor], M: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def saved_tokens(self, a: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The wgrad operand of A, from what the forward saved of it."""
         if not self.implementation.straight_tokens:
             return a[0], self.rows_first(a[1])
         data = self.scratch["a_tokens_bf16"]
-        quantize_blocks.dequantize_tokens_straight(*a, data, *self.map(M, TOKEN_TILE))
+        quantize_blocks.dequantize_tokens_straight(*a, data, *self.map(TOKEN_TILE))
         return data, None
 
     def wgrad(
         self,
         a: tuple[torch.Tensor, torch.Tensor | None],
         d: tuple[torch.Tensor, torch.Tensor | None],
-        M: int,
         dB: torch.Tensor,
     ) -> None:
         """dB from the wgrad operands of A and dOut."""
-        self.grouped_mm_tokens(*a, *d, self.map(M, TOKEN_TILE)[1], dB)
+        self.grouped_mm_tokens(*a, *d, self.map(TOKEN_TILE)[1], dB)
+
+
+def _map(tensors: Tensors, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensors[f"tiles_{tile}"], tensors[f"groups_{tile}"]
 
 
 def quantize_weights(

@@ -15,9 +15,10 @@ A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `dgra
 frontend can let go of memory in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -26,7 +27,18 @@ from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, Implementation, select
 from xmoe.kernels.replay import replayed
-from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Spec, Tensors, TensorSpec, saves_input, token_map
+from xmoe.kernels.specs import (
+    HAS_TRITON,
+    Prepared,
+    Problem,
+    Spec,
+    Tensors,
+    TensorSpec,
+    is_map,
+    saves_input,
+    token_map,
+    with_maps,
+)
 from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
@@ -70,14 +82,10 @@ def gives_amax(config: GroupedMMConfig, H: int) -> bool:
 # --------------------------------------------------------------------------------------------------------------- specs
 
 
-def _is_map(name: str) -> bool:
-    return name.startswith(("tiles_", "groups_"))
-
-
 def _part(tensors: Tensors, part: str) -> dict[str, torch.Tensor]:
     """The tensors called "`part`.name", as name, and the maps."""
     prefix = f"{part}."
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix) or _is_map(name)}
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix) or is_map(name)}
 
 
 def forward_outputs(e: Experts, config: GroupedMMConfig, impl: Implementation, save: bool) -> dict[str, TensorSpec]:
@@ -107,7 +115,7 @@ def forward_spec(
         spec.scratch["hidden"] = TensorSpec((e.M, e.H), e.x_dtype)
     for part, problem in (("in", e.input_problem), ("out", e.output_problem)):
         for name, tensor in pipeline.forward_spec(problem, config, device, save, prepared).scratch.items():
-            spec.scratch[name if _is_map(name) else f"{part}.{name}"] = tensor
+            spec.scratch[name if is_map(name) else f"{part}.{name}"] = tensor
     spec.scratch.pop("out.b", None)  # as many bytes as in.b
     if save and config.format == "fp8_rowwise" and not saves_input(config) and e.H <= LONGEST_ROW:
         spec.scratch["out.kept"] = TensorSpec((e.M, e.H), e.x_dtype)
@@ -173,6 +181,7 @@ def forward(
 
     def run() -> None:
         inner = Call(e.input_problem, config, device, offs, _part(scratch, "in"))
+        inner.prepare(x.shape[0], scratch)
         rows = _rows(inner, x, outputs, "x")
         for w, half in zip((w1, w3), gate_up.split(e.H, 1), strict=True):
             inner.grouped_mm(rows, w, half)
@@ -180,7 +189,6 @@ def forward(
         if "in.b" in scratch:
             of_h["b"] = scratch["in.b"].view(-1, e.D, e.H)
         outer = Call(e.output_problem, config, device, offs, of_h, gated=True)
-        outer.mapped = inner.mapped
         if config.format == "bf16":
             swiglu.swiglu(gate_up, scratch["hidden"])
             rows = outer.rows("a", scratch["hidden"])
@@ -226,6 +234,7 @@ def dgrad(
         if "dx" not in outputs:
             return
         call = Call(e.joint_problem, config, device, offs, scratch)
+        call.prepare(dh.shape[0], scratch, outputs)
         rows = call.rows_and_amax("d", gate_up, outputs["amax"])[0] if "amax" in outputs else call.rows("d", gate_up)
         call.grouped_mm(rows, w13 if isinstance(w13, Prepared) else [w.mT for w in w13], outputs["dx"])
 
@@ -260,16 +269,16 @@ def wgrad(
     def run() -> None:
         grads = outputs["dw1"].mT, outputs["dw3"].mT
         call = Call(e.joint_problem, config, device, offs, scratch)
+        call.prepare(d_gate_up.shape[0], scratch)
         if saves_input(config):
             for d, grad in zip(d_gate_up.split(e.H, 1), grads, strict=True):
                 call.wgrad_hp(x_saved[0], d, grad)
             return
         x, x_scale = x_saved
         data, scale = call.tokens("d_tokens", d_gate_up, scratch, amax, amax is not None)
-        M = d_gate_up.shape[0]
-        a = call.saved_tokens((x, x_scale), M)
+        a = call.saved_tokens((x, x_scale))
         for half, grad in enumerate(grads):
-            call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), M, grad)
+            call.wgrad(a, _half((data, scale), half, e, config, call.implementation.straight_tokens), grad)
 
     known = () if amax is None else (amax,)
     with on_device(offs):
@@ -316,27 +325,25 @@ def warm_up(experts: Experts, config: GroupedMMConfig, device: torch.device) -> 
         return
     pipeline.warm_up(e.output_problem, config, device)
     small = replace(e, M=16, G=1)
-    specs = forward_spec(e, config, view), dgrad_spec(e, config, view), wgrad_spec(e, config, view)
-    used = {name: spec for s in specs for name, spec in s.scratch.items() if _is_map(name)}
-    tiles = {int(name.removeprefix("tiles_")) for name in used if name.startswith("tiles_")}
-    maps = {name: spec for tile in tiles for name, spec in token_map(tile, small.input_problem).items()}
 
-    def tensors(spec: Spec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return pipeline.allocate(spec.outputs, device), pipeline.allocate(spec.scratch | maps, device)
+    def tensors(spec: Callable[..., Spec], *args: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        own, of_all = (spec(experts, config, view, *args) for experts in (small, e))
+        scratch = with_maps(own, of_all, small.input_problem)
+        return pipeline.allocate(own.outputs, device), pipeline.allocate(scratch, device)
 
     x = torch.zeros(small.M, e.D, dtype=getattr(torch, e.x_dtype), device=device)
     w1 = torch.zeros(1, e.H, e.D, dtype=getattr(torch, e.w_dtype), device=device)
     w2, offs = w1.mT.contiguous(), torch.full((1,), small.M, dtype=torch.int32, device=device)
     for save in (False, True):
-        outputs, scratch = tensors(forward_spec(small, config, view, save))
+        outputs, scratch = tensors(forward_spec, save)
         forward(e, config, view, x, w1, w2, w1, offs, outputs, scratch)
     h = x.new_zeros(small.M, e.H)
     swiglu_into(outputs["gate_up"], h)
-    grads, scratch = tensors(dgrad_spec(small, config, view))
+    grads, scratch = tensors(dgrad_spec)
     dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, grads, scratch)
     saved = (x,) if saves_input(config) else (outputs["x_tokens"], outputs["x_tokens_scale"])
     for amax in {None, grads.get("amax")}:
-        dw, scratch = tensors(wgrad_spec(small, config, view))
+        dw, scratch = tensors(wgrad_spec)
         wgrad(e, config, view, outputs["gate_up"], amax, saved, offs, dw, scratch)
     torch.cuda.synchronize(device)
 

@@ -33,17 +33,14 @@ from xmoe.kernels.specs import (
     forward_outputs,
     forward_spec,
     saves_input,
-    token_map,
     weights_spec,
+    with_maps,
 )
 from xmoe.operands import QuantizedOperand
 
-if HAS_TRITON:
-    from xmoe.kernels import tiles
-
 __all__ = [
-    "Arena", "Layout", "Problem", "Spec", "TensorSpec", "Tensors", "allocate", "backward", "backward_spec", "device_of",
-    "forward", "forward_outputs", "forward_spec", "saves_input", "warm_up",
+    "HAS_TRITON", "Arena", "Layout", "Problem", "Spec", "TensorSpec", "Tensors", "allocate", "backward",
+    "backward_spec", "device_of", "forward", "forward_outputs", "forward_spec", "saves_input", "warm_up",
 ]  # fmt: skip
 
 
@@ -71,6 +68,7 @@ def forward(
 
     def run() -> None:
         call = Call(problem, config, device, offs, scratch)
+        call.prepare(A.shape[0], scratch)
         a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
         call.grouped_mm(a, B if isinstance(B, Prepared) else B.mT, outputs["out"])
 
@@ -107,6 +105,7 @@ def backward(
         if "dA" in outputs and "d_tokens" in scratch:  # the rows lie where the tokens will
             own = {**scratch, "d": scratch["d_tokens"].flatten()[: M * N].view(M, N)}
         call = Call(problem, config, device, offs, own)
+        call.prepare(M, scratch)
         amax, amax_is_known = own.get("d_tokens_amax"), False
         if "dA" in outputs:
             assert B is not None, "dA needs B"
@@ -119,7 +118,7 @@ def backward(
         else:
             a, a_scale = A_saved
             d_tokens = call.tokens("d_tokens", dOut, own, amax, amax_is_known)
-            call.wgrad(call.saved_tokens((a, a_scale), M), d_tokens, M, outputs["dB"])
+            call.wgrad(call.saved_tokens((a, a_scale)), d_tokens, outputs["dB"])
 
     with on_device(offs):
         replayed(("backward", problem, config, device), (dOut, A_saved, B, offs), (outputs, scratch), run)
@@ -175,6 +174,8 @@ def prepare_weights(
         operand = emulation.quantize_weights(torch.cat(list(parts), 2), "N", config.format)
         return Prepared(operand.data, operand.scale)
     tensors = allocate(weights_spec(P, C, replace(problem, G=G), config, impl), parts[0].device)
+    if "b_amax" in tensors:
+        tensors["b_amax"].zero_()
     with on_device(parts[0]):
         return quantize_weights(parts, config, tensors, programs(parts[0].device.index))
 
@@ -200,9 +201,6 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
         return
     M = 16
     small = replace(problem, M=M, G=1)
-    names = {**forward_spec(problem, config, view).scratch, **backward_spec(problem, config, view).scratch}
-    used = {int(name.removeprefix("tiles_")) for name in names if name.startswith("tiles_")}
-    maps = {name: spec for tile in used for name, spec in token_map(tile, small).items()}
 
     A = torch.zeros(M, problem.K, dtype=getattr(torch, problem.a_dtype), device=device)
     B = torch.zeros(1, problem.K, problem.N, dtype=getattr(torch, problem.b_dtype), device=device)
@@ -211,20 +209,15 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
     for b in (B, B.mT.contiguous().mT):
         saved = (A,)
         for save_tokens in (False, True):
-            spec = forward_spec(small, config, view, save_tokens)
-            outputs = allocate(spec.outputs, device)
-            forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch | maps, device))
+            spec, of_problem = (forward_spec(p, config, view, save_tokens) for p in (small, problem))
+            outputs, scratch = allocate(spec.outputs, device), allocate(with_maps(spec, of_problem, small), device)
+            forward(problem, config, view, A, b, offs, outputs, scratch)
         if not saves_input(config):
             saved = (outputs["a_tokens"], outputs["a_tokens_scale"])
         for needs in ((True, False), (False, True), (True, True)):
-            spec = backward_spec(small, config, view, *needs)
-            grads = allocate(spec.outputs, device)
+            spec, of_problem = (backward_spec(p, config, view, *needs) for p in (small, problem))
+            grads, scratch = allocate(spec.outputs, device), allocate(with_maps(spec, of_problem, small), device)
             if "dB" in grads and b is not B:
                 grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
-            backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch | maps, device))
-    with on_device(offs):
-        for tile in used:  # the one kernel that is specialised by G
-            map = allocate(token_map(tile, replace(problem, M=M)), device)
-            no_tokens = torch.zeros(problem.G, dtype=torch.int32, device=device)
-            tiles.map_tiles(no_tokens, M, tile, map[f"tiles_{tile}"], map[f"groups_{tile}"])
+            backward(problem, config, view, dOut, saved, b, offs, grads, scratch)
     torch.cuda.synchronize(device)

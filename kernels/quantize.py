@@ -248,17 +248,6 @@ def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
         tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])
-def _zero(x_ptr, count, BLOCK: tl.constexpr):
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(x_ptr + element, 0, element < count)
-
-
-def zero(x: torch.Tensor) -> None:
-    """`x.zero_()` of a contiguous int32 tensor, as a launch of ours (`replay.py`)."""
-    launch(_zero, (cdiv(x.numel(), 4096),), x, x.numel(), BLOCK=4096)
-
-
 _SCALING = {"fp8_rowwise": "rowwise", "fp8_blockwise": "blockwise", "mxfp8_rceil": "mx", "mxfp8_floor": "mx"}
 
 
@@ -311,9 +300,9 @@ def quantize_rows(
         scale: float32 [R] or [G, P] ("fp8_rowwise"), float32 with a further axis of ceil(C/128) ("fp8_blockwise"; that
             of [R, C] has any strides), or E8M0 with one of ceil(C/32), written; None with bf16 `data`.
         programs: the number of multiprocessors.
-        columns: for "fp8_rowwise" (amax int32 [G, C], groups of `tiles.map_tiles`): amax receives, at no cost, the bits
-            of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group may then
-            be left unwritten. Rows longer than LONGEST_ROW do not fill it.
+        columns: for "fp8_rowwise" (amax int32 [G, C] of zeros, groups of `tiles.prepare`): amax receives, at no cost,
+            the bits of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group
+            may then be left unwritten. Rows longer than LONGEST_ROW do not fill it.
         gated: x [R, 2C] stands for its SwiGLU [R, C] (`swiglu.py`).
         kept: [R, C] in the dtype of x, receives that where `columns` is filled.
     """
@@ -324,8 +313,6 @@ def quantize_rows(
     assert data.is_contiguous(), f"strides {data.stride()}: rows are written one after the other"
     amax, groups = columns or (None, None)
     fills = amax is not None and C <= LONGEST_ROW
-    if fills:
-        zero(amax)
     if R == 0:
         return fills
     if format == "fp8_rowwise":
@@ -422,16 +409,15 @@ def quantize_tokens(
         data: e4m3 [C, Mp], written whole.
         scale: float32 [G, C] ("fp8_rowwise") or [C, Mp/128] ("fp8_blockwise", any strides), or E8M0 [C, Mp/32], written
             whole.
-        amax: int32 [G, C] scratch, for "fp8_rowwise".
-        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
-        amax_is_known: `amax` holds the bits of each column's largest magnitude (`columns` of `quantize_rows`).
+        amax: for "fp8_rowwise", int32 [G, C] scratch, zeros.
+        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.prepare`).
+        amax_is_known: `amax` holds instead the bits of each column's largest magnitude (`columns` of `quantize_rows`).
         gated: x [M, 2C] stands for its SwiGLU [M, C].
     """
     (C, Mp), M, G, x = data.shape, x.shape[0], groups.shape[0] - 1, x.unsqueeze(0)
     map = tiles, groups, Mp // TOKEN_TILE
     if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
-        zero(amax)
         _launch_columns_amax(x, G, M, C, amax, *map, gated)
     scale_strides = scale.stride()[::-1] if format == "fp8_blockwise" else (0, Mp // MX_BLOCK)
     _launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated)
@@ -456,7 +442,7 @@ def quantize_weights(
             axis (1 or 2) in which b is.
         scale: float32 [G, P] ("fp8_rowwise") or [G, ceil(P/128), ceil(C/128)] ("fp8_blockwise"), or E8M0
             [G, P, ceil(C/32)], written; None with bf16 `data`.
-        amax: int32 [G, P] scratch, for "fp8_rowwise".
+        amax: for "fp8_rowwise", int32 [G, P] scratch, zeros.
         programs: the number of multiprocessors.
     """
     parts = [b] if isinstance(b, torch.Tensor) else b
@@ -475,7 +461,6 @@ def quantize_weights(
         return
     if format == "fp8_rowwise":
         assert amax is not None, "fp8_rowwise needs amax"
-        zero(amax)
         for part in parts:
             _launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
     block = SCALE_BLOCKS.get(format, total)

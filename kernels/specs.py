@@ -4,7 +4,7 @@ M tokens, K contraction of the forward, N output features, G groups, Mp padded t
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -139,6 +139,22 @@ def token_map(tile: int, p: Problem) -> dict[str, TensorSpec]:
         f"tiles_{tile}": TensorSpec((max(1, tiles.max_tiles(p.M, p.G, tile)), tiles.TILE_FIELDS), "int32"),
         f"groups_{tile}": TensorSpec((p.G + 1, tiles.TILE_FIELDS), "int32"),
     }
+
+
+def map_tiles(names: Iterable[str]) -> list[int]:
+    """The tokens of the tiles whose maps are among the `names` of tensors."""
+    return [int(name.removeprefix("tiles_")) for name in names if name.startswith("tiles_")]
+
+
+def is_map(name: str) -> bool:
+    """Whether a tensor of that name belongs to a `token_map`."""
+    return name.startswith(("tiles_", "groups_"))
+
+
+def with_maps(spec: Spec, like: Spec, p: Problem) -> dict[str, TensorSpec]:
+    """The scratch of `spec`, which is that of p, with maps of other tiles: those of `like`."""
+    rest = {name: tensor for name, tensor in spec.scratch.items() if not is_map(name)}
+    return rest | {name: tensor for tile in map_tiles(like.scratch) for name, tensor in token_map(tile, p).items()}
 
 
 def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool):

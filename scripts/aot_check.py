@@ -55,9 +55,8 @@ class Case:
 
 def quantizer_cases(sm: int) -> Iterator[Case]:
     i8, u8, f32, i32 = "*i8", "*u8", "*fp32", "*i32"
-    for block, warps in ((128, 1), (1024, 1), (4096, 4)):
-        yield Case(f"map_tiles[{block}]", tiles._map_tiles, {"offs_ptr": i32, "tiles_ptr": i32, "groups_ptr": i32},
-                   {"TILE": 128, "G_BLOCK": block}, sm, warps)  # fmt: skip
+    pointers = dict.fromkeys((name for name in tiles._prepare.arg_names if name.endswith("_ptr")), i32)
+    yield Case("prepare", tiles._prepare, pointers, {"LANES": tiles.LANES, "BLOCK": tiles.BLOCK}, sm)
     for dtype in ("bf16", "fp32"):
         x = {"x_ptr": f"*{dtype}"}
         for C in (768, 2048, 5120, 7168, 8192, 16384):
