@@ -69,7 +69,10 @@ class Call:
         quantize.quantize_rows(x, self.config.format, data, scale, self.programs, gated=self.gated)
         return data, scale
 
-    def weights(self, b: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def weights(
+        self, b: Weights, amax: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The operand of b; `amax`, `columns` as in `quantize_weights`."""
         if isinstance(b, Prepared):
             return b
         parts = [b] if isinstance(b, torch.Tensor) else b
@@ -78,7 +81,7 @@ class Call:
             if len(parts) > 1:
                 return torch.cat([part.mT for part in parts], 1, out=self.scratch["b"].view(G, C, P)).mT, None
             return (parts[0] if parts[0].dtype == torch.bfloat16 else self.scratch["b"].copy_(parts[0])), None
-        return quantize_weights(parts, self.config, self.scratch, self.programs)
+        return quantize_weights(parts, self.config, self.scratch, self.programs, amax, columns)
 
     def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.bfloat16 else self.scratch[name].copy_(x)
@@ -124,11 +127,19 @@ class Call:
         )
         return rows, known
 
-    def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: Weights, out: torch.Tensor) -> None:
-        """out[M, P] = a[M, C] @ b[G, P, C]^T."""
+    def grouped_mm(
+        self,
+        a: tuple[torch.Tensor, torch.Tensor | None],
+        b: Weights,
+        out: torch.Tensor,
+        *,
+        amax: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+    ) -> None:
+        """out[M, P] = a[M, C] @ b[G, P, C]^T; `amax`, `columns` as in `quantize_weights`, unless b is prepared."""
         tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
         a_data, a_scale = a
-        b_data, b_scale = self.weights(b)
+        b_data, b_scale = self.weights(b, amax, columns)
         token_tiles, groups = self.map(tuned.rows)
         if self.implementation.gemm == "torch":
             _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
@@ -182,13 +193,24 @@ def _map(tensors: Tensors, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_weights(
-    parts: Sequence[torch.Tensor], config: GroupedMMConfig, scratch: Tensors, programs: int
+    parts: Sequence[torch.Tensor],
+    config: GroupedMMConfig,
+    scratch: Tensors,
+    programs: int,
+    amax: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> Prepared:
-    """Weights [G, P, C] along C, those of several parts side by side, into the tensors of `weights_spec`."""
+    """Weights [G, P, C] along C, those of several parts side by side, into the tensors of `weights_spec`.
+
+    `amax` int32 [G, P]: the rows' maxima, where they are known; `columns` int32 [G, C]: receives those of the columns,
+    which are the rows of the same weights along their other axis. Where `finds_maxima` of specs.py.
+    """
     data, scale = scratch["b"], scratch.get("b_scale")
     if scale is None and parts[0].stride(2) != 1:  # bf16 in the layout of the weights
         data = data.view(data.shape[0], data.shape[2], data.shape[1]).mT
-    quantize.quantize_weights(parts, config.format, data, scale, scratch.get("b_amax"), programs)
+    known = amax is not None
+    amax = amax if known else scratch.get("b_amax")
+    quantize.quantize_weights(parts, config.format, data, scale, amax, programs, amax_is_known=known, columns=columns)
     return Prepared(data, scale)
 
 

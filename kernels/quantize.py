@@ -45,21 +45,26 @@ def _rows_fp8(
 ):  # fmt: skip
     """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
     in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
-    the rows that have a group; the others are left out. What was read goes to kept_ptr, if there is one."""
+    the rows that have a group; the others are left out. Without groups_ptr a matrix is a group. What was read goes to
+    kept_ptr, if there is one."""
+    RAGGED: tl.constexpr = groups_ptr is not None
     rows = R
-    if AMAX:
+    if RAGGED:
         rows = tl.load(groups_ptr + G * 4)
     first = (tl.program_id(0).to(tl.int64) * rows // tl.num_programs(0)).to(tl.int32)
     end = ((tl.program_id(0) + 1).to(tl.int64) * rows // tl.num_programs(0)).to(tl.int32)
-    group = 0
-    if AMAX:
+    group = first // P
+    if RAGGED:
+        group = 0
         for some in range(0, G, 128):
             lane = some + tl.arange(0, 128)
             group += tl.sum((tl.load(groups_ptr + lane * 4 + 1, lane < G, 0x7FFFFFFF) <= first).to(tl.int32))
     while first < end:
         last = end
-        if AMAX:
+        if RAGGED:
             last = tl.minimum(end, tl.load(groups_ptr + group * 4 + 1))
+        elif AMAX:
+            last = tl.minimum(end, (group + 1) * P)
         if first < last:
             _rows_fp8_run(
                 x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr,
@@ -287,7 +292,7 @@ def quantize_rows(
     data: torch.Tensor,
     scale: torch.Tensor | None,
     programs: int,
-    columns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    columns: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     *,
     gated: bool = False,
     kept: torch.Tensor | None = None,
@@ -302,7 +307,8 @@ def quantize_rows(
         programs: the number of multiprocessors.
         columns: for "fp8_rowwise" (amax int32 [G, C] of zeros, groups of `tiles.prepare`): amax receives, at no cost,
             the bits of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group
-            may then be left unwritten. Rows longer than LONGEST_ROW do not fill it.
+            may then be left unwritten. Without groups (None) those of each matrix of [G, P, C], which quantizing it
+            along P needs. Rows longer than LONGEST_ROW do not fill it.
         gated: x [R, 2C] stands for its SwiGLU [R, C] (`swiglu.py`).
         kept: [R, C] in the dtype of x, receives that where `columns` is filled.
     """
@@ -311,12 +317,11 @@ def quantize_rows(
     strides = x.stride() if x.ndim == 3 else (0, *x.stride())
     R = G * P
     assert data.is_contiguous(), f"strides {data.stride()}: rows are written one after the other"
-    amax, groups = columns or (None, None)
-    fills = amax is not None and C <= LONGEST_ROW
+    of_columns = (*columns, kept) if columns is not None and C <= LONGEST_ROW else (None, None, None)
+    fills = of_columns[0] is not None
     if R == 0:
         return fills
     if format == "fp8_rowwise":
-        of_columns = (amax, groups, kept) if fills else (None, groups, None)
         _launch_rows_fp8(x, strides, data, scale, *of_columns, R, P, C, programs, gated)
         return fills
     block_c = min(ROW_BLOCKS, max(SCALE_BLOCKS[format], 1 << (C - 1).bit_length()))
@@ -430,6 +435,9 @@ def quantize_weights(
     scale: torch.Tensor | None,
     amax: torch.Tensor | None,
     programs: int,
+    *,
+    amax_is_known: bool = False,
+    columns: torch.Tensor | None = None,
 ) -> None:
     """Quantize `b` [G, P, C] (bf16 or fp32, any strides) along C, a multiple of 16. For B [G, K, N]: axis "N" is
     `b = B`, axis "K" is `b = B.mT`.
@@ -442,8 +450,11 @@ def quantize_weights(
             axis (1 or 2) in which b is.
         scale: float32 [G, P] ("fp8_rowwise") or [G, ceil(P/128), ceil(C/128)] ("fp8_blockwise"), or E8M0
             [G, P, ceil(C/32)], written; None with bf16 `data`.
-        amax: for "fp8_rowwise", int32 [G, P] scratch, zeros.
+        amax: for "fp8_rowwise" with axis 1 contiguous, int32 [G, P] scratch, zeros.
         programs: the number of multiprocessors.
+        amax_is_known: `amax` holds instead the bits of each row's largest magnitude (`columns` of the other axis).
+        columns: for "fp8_rowwise" with axis 2 contiguous and C up to LONGEST_ROW, int32 [G, C]: of zeros, or of what
+            another b with the same columns has left, receives the bits of each column's largest magnitude.
     """
     parts = [b] if isinstance(b, torch.Tensor) else b
     (G, P, C), total = parts[0].shape, data.shape[2]
@@ -451,7 +462,7 @@ def quantize_weights(
     if parts[0].stride(2) == 1:
         assert len(parts) == 1, f"strides {parts[0].stride()}: several b have axis 1 contiguous"
         if format != "fp8_blockwise":
-            quantize_rows(parts[0], format, data, scale, programs)
+            quantize_rows(parts[0], format, data, scale, programs, None if columns is None else (columns, None))
             return
         launch(
             square_blocks, (G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),),
@@ -459,7 +470,8 @@ def quantize_weights(
             BLOCK=FP8_BLOCK, HARDWARE=hardware(parts[0]), num_warps=SQUARE_WARPS,
         )  # fmt: skip
         return
-    if format == "fp8_rowwise":
+    assert columns is None, f"strides {parts[0].stride()}: columns are found where axis 2 is contiguous"
+    if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
         for part in parts:
             _launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)

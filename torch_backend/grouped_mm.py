@@ -67,8 +67,7 @@ def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[lis
     view = pipeline.device_of(B_t.device.type, B_t.device.index)
     G, K, N = B_t.shape
     problem = pipeline.Problem(0, N, K, G, ops.DTYPES[A.dtype], ops.DTYPES[B_t.dtype])
-    B = ops.aligned(B_t)
-    along_k, along_n = (pipeline.prepare_weights(problem, config, view, b) for b in (B.mT, B))
+    along_k, along_n = pipeline.prepare_both(problem, config, view, ops.aligned(B_t))
     return ops.pack(along_k), ops.pack(along_n)
 
 

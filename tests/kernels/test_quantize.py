@@ -196,6 +196,28 @@ def test_weights(backend, fmt, axis, dtype, stored):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("G", "P", "C"), [(3, 40, 144), (9, 4, 48), (1, 4, 1168)])
+def test_maxima_of_one_axis_found_along_the_other(backend, G, P, C, dtype):
+    """Both orientations of weights, the second from the maxima that the first has found: of matrices that several
+    programs share, and of several that one program has. Two weights with the same columns leave the maxima of both."""
+    both = to_kernel(awkward(2 * G * P, C).view(2, G, P, C).to(dtype), backend)
+    columns = torch.zeros(G, C, dtype=torch.int32, device=both.device)
+    for x in both:
+        expected = oracle.quantize_weights(arrays(x), "N", "fp8_rowwise")
+        data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
+        quantize.quantize_weights(x, "fp8_rowwise", data, scale, None, 4, columns=columns)
+        assert same_bytes(data, expected.data)
+        assert same_bytes(scale, expected.scale)
+    assert torch.equal(columns, both.float().abs().view(torch.int32).amax((0, 2)))
+    parts = [x.mT for x in both]
+    expected = oracle.quantize_weights(arrays(torch.cat(parts, 2)), "N", "fp8_rowwise")
+    data, scale = empty_like(expected.data, both.device), empty_like(expected.scale, both.device)
+    quantize.quantize_weights(parts, "fp8_rowwise", data, scale, columns, 4, amax_is_known=True)
+    assert same_bytes(data, expected.data)
+    assert same_bytes(scale, expected.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_weights_side_by_side(backend, fmt, dtype):
     """[G, K, 2N] of two weights stored [G, N, K], quantized along 2N as if they were one."""

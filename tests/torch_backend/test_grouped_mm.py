@@ -212,8 +212,8 @@ def recording(function: Callable[..., None], seen: list[Tensor]) -> Callable[...
     """The function, with the tensors among its arguments kept in `seen`."""
 
     def record(problem: Any, config: Any, device: Any, *args: Any) -> None:
-        for x in args[:-2]:  # outputs and scratch are the op's own
-            seen.extend(x if isinstance(x, tuple) else [x])
+        for x in args:  # outputs and scratch are the op's own
+            seen.extend(x if isinstance(x, tuple) else [x] if isinstance(x, Tensor) else [])
         function(problem, config, device, *args)
 
     return record
@@ -273,7 +273,7 @@ def test_opcheck(recipe: str, dynamic: bool) -> None:
     fp8 = recipe == "fp8_rowwise"
     forward_op, backward_op = torch.ops.xmoe.grouped_mm_forward.default, torch.ops.xmoe.grouped_mm_backward.default
     torch.library.opcheck(forward_op, (A, B, offs, key, True), test_utils=(*both, schema, *([] if fp8 else [aot])))
-    out, *tokens = forward_op(A.detach(), B.detach(), offs, key, True)
+    out, *tokens, _ = forward_op(A.detach(), B.detach(), offs, key, True)
     args = (out, tokens if fp8 else [A.detach()], B.detach(), offs, key, torch.bfloat16, True, True)
     torch.library.opcheck(backward_op, args, test_utils=(*both, aot, *([] if fp8 else [schema])))
 
