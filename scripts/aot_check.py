@@ -60,13 +60,13 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
         x = {"x_ptr": f"*{dtype}"}
         for C in (768, 2048, 5120, 7168, 8192, 16384):
-            for amax in (True, False):
+            for amax in ("of groups", "of matrices", ""):
                 pieces = quantize.row_pieces(C)
                 warps, _, stages = quantize.row_schedule(pieces, 2 if dtype == "bf16" else 4, False)
                 yield Case(f"rows_fp8[{dtype},{pieces},amax={amax}]", quantize._rows_fp8,
                            x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
-                           ({} if amax else {"amax_ptr": None, "groups_ptr": None})
-                           | {"kept_ptr": None, "stride_xc": 1, "AMAX": amax, "PIECES": pieces, "STAGES": stages,
+                           ({} if amax else {"amax_ptr": None}) | ({} if amax == "of groups" else {"groups_ptr": None})
+                           | {"kept_ptr": None, "stride_xc": 1, "AMAX": bool(amax), "PIECES": pieces, "STAGES": stages,
                               "HARDWARE": True},
                            sm, warps, divisible=("stride_xg", "stride_xr", "C"))  # fmt: skip
         yield Case(f"long_rows_fp8[{dtype}]", quantize._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
@@ -139,7 +139,9 @@ def gated(case: Case) -> Iterator[Case]:
         yield case
         return
     yield replace(case, constants=case.constants | {"GATED": False})
-    if case.constants.get("RAGGED", True):
+    ragged, amax, by_group = (case.constants.get(name, True) for name in ("RAGGED", "AMAX", "groups_ptr"))
+    of_weights = not ragged or (case.kernel is quantize._rows_fp8 and amax and by_group is None)
+    if not of_weights:
         constants, size = case.constants | {"GATED": True}, 2 if case.types["x_ptr"] == "*bf16" else 4
         if case.kernel is quantize_blocks.columns_straight:
             constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
