@@ -27,12 +27,14 @@ from xmoe.torch_backend.ops import (
     allocate,
     arena,
     as_torch,
-    backward_op,
+    backward,
     check_offsets,
+    direct,
     fake_implementation,
     layout,
     pack,
     unpack,
+    unseen,
 )
 from xmoe.torch_backend.weight_cache import cached
 
@@ -75,7 +77,10 @@ def swiglu_experts_by_key(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: T
         return grouped_mm_by_key(h, w2.mT, offs, config_key)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3))
     prepared = cached(lambda: _prepare(x, w1, w2, w3, offs, config_key), (config_key, x.dtype), w1, w2, w3) or ()
-    return torch.ops.xmoe.swiglu_experts_forward.default(x, w1, w2, w3, offs, config_key, save, *prepared)[0]
+    op = torch.ops.xmoe.swiglu_experts_forward.default
+    if unseen(x, w1, w2, w3, offs):
+        op = swiglu_experts_with_autograd
+    return op(x, w1, w2, w3, offs, config_key, save, *prepared)[0]
 
 
 def _prepare(
@@ -350,6 +355,7 @@ def _(gate_up: Tensor) -> Tensor:
 _forward_op = torch.ops.xmoe.swiglu_experts_forward.default
 _dgrad_op = torch.ops.xmoe.swiglu_experts_dgrad.default
 _wgrad_op = torch.ops.xmoe.swiglu_experts_wgrad.default
+_swiglu_op = torch.ops.xmoe.swiglu.default
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -377,8 +383,8 @@ class _SwigluExperts(torch.autograd.Function):
         prepared: Sequence[Tensor] | None,
         prepared_dgrad: Sequence[Tensor] | None,
     ) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, gate_up, *tokens, w13_amax, w2_amax = _forward_op(x, w1, w2, w3, offs, config_key, True, prepared)
+        args = x, w1, w2, w3, offs, config_key, True, prepared
+        out, gate_up, *tokens, w13_amax, w2_amax = direct(_forward_op, swiglu_experts_forward, *args)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(gate_up, *tokens, w13_amax, w2_amax)
         ctx.config_key, ctx.takes_input = config_key, pipeline.saves_input(config_from_key(config_key))
@@ -418,15 +424,16 @@ class _SwigluExperts(torch.autograd.Function):
         del saved
         key, need_dw13, dx, dw1, dw3 = ctx.config_key, need_dw1 or need_dw3, None, None, None
         if ctx.takes_input and need_dw2:
-            h_saved = [torch.ops.xmoe.swiglu.default(gate_up)]
+            h_saved = [direct(_swiglu_op, swiglu, gate_up)]
         need_dh = need_dx or need_dw13
-        dh, dw2 = backward_op(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2, of_w2, ctx.w2_amax)
+        dh, dw2 = backward(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2, of_w2, ctx.w2_amax)
         del h_saved
         if need_dh:
-            dx, amax = _dgrad_op(dh, gate_up, w1, w3, offs, key, need_dx, of_w13, ctx.w13_amax)
-            del dh
+            args = dh, gate_up, w1, w3, offs, key, need_dx, of_w13, ctx.w13_amax
+            dx, amax = direct(_dgrad_op, swiglu_experts_dgrad, *args)
+            del dh, args
             if need_dw13:
-                dw1, dw3 = _wgrad_op(gate_up, amax, x_saved, w1, offs, key)
+                dw1, dw3 = direct(_wgrad_op, swiglu_experts_wgrad, gate_up, amax, x_saved, w1, offs, key)
         return (
             dx if need_dx else None, dw1 if need_dw1 else None, dw2.mT if need_dw2 else None,
             dw3 if need_dw3 else None, None, None, None, None,
@@ -435,7 +442,7 @@ class _SwigluExperts(torch.autograd.Function):
 
 @torch.library.impl(LIBRARY, "swiglu_experts_forward", "Autograd")
 @torch._disable_dynamo
-def _(
+def swiglu_experts_with_autograd(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,

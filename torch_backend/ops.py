@@ -9,7 +9,7 @@ plain ``torch.library.Library``: without its kernels a forward takes 24 us of ho
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -112,6 +112,30 @@ def check_offsets(offs: Tensor, M: int) -> None:
             raise ValueError(f"offs[{g}]={end} is outside [0, M={M}]; offs are cumulative row counts of A")
         if end < start:
             raise ValueError(f"offs[{g}]={end} is less than offs[{g - 1}]={start}; give cumulative sums of group sizes")
+
+
+# ---------------------------------------------------------------------------------------------------------- dispatch
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unseen(*tensors: Tensor) -> bool:
+    """Whether a call of an op on `tensors` is seen by nobody but its implementation: no compiler, mode (tracing,
+    selective checkpointing), transform or tensor subclass. It may then be made without the dispatcher, which takes 6 us
+    to get from Python to Python."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in _PLAIN for x in tensors)
+    )
+
+
+def direct(op: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:
+    """``op(*args)``, inside an autograd function: the call of its `implementation` where it is `unseen` and nobody asks
+    for the derivative of a derivative."""
+    plain = not torch.is_grad_enabled() and unseen(*(x for x in args if isinstance(x, Tensor)))
+    return implementation(*args) if plain else op(*args)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
@@ -349,7 +373,12 @@ def _(
 
 
 _forward_op = torch.ops.xmoe.grouped_mm_forward.default
-backward_op = torch.ops.xmoe.grouped_mm_backward.default
+_backward_op = torch.ops.xmoe.grouped_mm_backward.default
+
+
+def backward(*args: Any) -> tuple[Tensor, Tensor]:
+    """`grouped_mm_backward`, inside an autograd function."""
+    return direct(_backward_op, grouped_mm_backward, *args)
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -364,10 +393,8 @@ class _GroupedMM(torch.autograd.Function):
         prepared: Sequence[Tensor] | None,
         prepared_dgrad: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, a_tokens, a_tokens_scale, b_amax = _forward_op(
-                A, B, offs, config_key, save_tokens, prepared, None, ctx.needs_input_grad[0]
-            )
+        args = A, B, offs, config_key, save_tokens, prepared, None, ctx.needs_input_grad[0]
+        out, a_tokens, a_tokens_scale, b_amax = direct(_forward_op, grouped_mm_forward, *args)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(a_tokens, a_tokens_scale, b_amax)
         ctx.config_key, ctx.A_dtype = config_key, A.dtype
@@ -387,7 +414,7 @@ class _GroupedMM(torch.autograd.Function):
         if dOut is None or not (need_dA or need_dB):
             return (None,) * 7
         B, offs, *A_saved = ctx.saved_tensors
-        dA, dB = backward_op(
+        dA, dB = backward(
             dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB, ctx.prepared, ctx.b_amax
         )
         return dA if need_dA else None, dB if need_dB else None, None, None, None, None, None
@@ -397,7 +424,7 @@ class _GroupedMMBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A_saved: Sequence[Tensor], rest: tuple[Any, ...], dOut: Tensor, B: Tensor) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return backward_op(dOut, A_saved, B, *rest)
+            return _backward_op(dOut, A_saved, B, *rest)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -406,7 +433,7 @@ class _GroupedMMBackward(torch.autograd.Function):
 
 @torch.library.impl(LIBRARY, "grouped_mm_forward", "Autograd")
 @torch._disable_dynamo
-def _(
+def grouped_mm_with_autograd(
     A: Tensor,
     B: Tensor,
     offs: Tensor,
@@ -428,4 +455,4 @@ def _(dOut: Tensor, A_saved: Sequence[Tensor], B: Tensor, *rest: Any) -> tuple[T
     if torch.is_grad_enabled() and (dOut.requires_grad or B.requires_grad):
         return _GroupedMMBackward.apply(A_saved, rest, dOut, B)
     with torch._C._AutoDispatchBelowAutograd():
-        return backward_op(dOut, A_saved, B, *rest)
+        return _backward_op(dOut, A_saved, B, *rest)
