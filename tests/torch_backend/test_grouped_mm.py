@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.torch_backend.layouts import LAYOUTS
@@ -276,6 +277,32 @@ def test_opcheck(recipe: str, dynamic: bool) -> None:
     out, *tokens, _ = forward_op(A.detach(), B.detach(), offs, key, True)
     args = (out, tokens if fp8 else [A.detach()], B.detach(), offs, key, torch.bfloat16, True, True)
     torch.library.opcheck(backward_op, args, test_utils=(*both, aot, *([] if fp8 else [schema])))
+
+
+class Names(TorchDispatchMode):
+    """Which of our ops it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "xmoe":
+            self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_modes_are_shown_the_ops(grad: bool) -> None:
+    """And without one the implementations are called at once, with the same results."""
+    A, W, offs = problem()
+    want = scaled_grouped_mm(A, W.mT, offs, FP8)
+    with torch.set_grad_enabled(grad), Names() as names:
+        out = scaled_grouped_mm(A, W.mT, offs, FP8)
+        if grad:
+            out.sum().backward()
+    assert torch.equal(out, want)
+    assert names.seen == ["xmoe::grouped_mm_forward", "xmoe::grouped_mm_backward"][: 1 + grad]
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_rceil"])
