@@ -32,22 +32,29 @@ if TYPE_CHECKING:
     from xmoe.kernels.dispatch import Device, Implementation
 
 
-def forward(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool) -> tuple[jax.Array, Saved]:
-    """out [M, N], and, with ``save``, what `backward` needs of lhs (else ``()``)."""
-    out, *tokens = _run(_forward_call(plan, save), lhs, rhs, offs)
-    if save and not tokens:
-        tokens = [lhs]
-    return out, tuple(tokens)
+def forward(
+    plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool, save_amax: bool = False
+) -> tuple[jax.Array, Saved, jax.Array | None]:
+    """out [M, N]; with ``save``, what `backward` needs of lhs (else ``()``); with ``save_amax``, if they come at no
+    cost, the maxima that spare `backward` a pass over rhs."""
+    got = _run(_forward_call(plan, save, save_amax and plan.transpose_rhs), lhs, rhs, offs)
+    tokens = tuple(got[name] for name in ("a_tokens", "a_tokens_scale") if name in got)
+    return got["out"], tokens or ((lhs,) if save else ()), got.get("b_amax")
 
 
 def backward(
-    plan: Plan, dout: jax.Array, saved: Saved | None, rhs: jax.Array | None, offs: jax.Array
+    plan: Plan,
+    dout: jax.Array,
+    saved: Saved | None,
+    rhs: jax.Array | None,
+    offs: jax.Array,
+    b_amax: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """dlhs where ``rhs`` is given, drhs where ``saved`` is; None in place of the other."""
-    weights = () if rhs is None else (rhs,)
-    call = _backward_call(plan, need_dA=rhs is not None, need_dB=saved is not None)
-    grads = iter(_run(call, dout, *weights, *(saved or ()), offs))
-    return None if rhs is None else next(grads), None if saved is None else next(grads)
+    """dlhs where ``rhs`` is given, drhs where ``saved`` is; None in place of the other. ``b_amax``: of `forward`."""
+    weights = [x for x in (rhs, b_amax) if x is not None and rhs is not None]
+    call = _backward_call(plan, rhs is not None, saved is not None, amax_is_known=len(weights) > 1)
+    grads = _run(call, dout, *weights, *(saved or ()), offs)
+    return grads.get("dA"), grads.get("dB")
 
 
 def has_kernels(config: GroupedMMConfig, platform: str) -> bool:
@@ -90,7 +97,7 @@ class _Call:
         """`aliases`: inputs that become outputs, by their positions; they come as outputs only."""
         self.aliases = aliases or {}
         shapes = {**spec.outputs, **{f"scratch.{name}": tensor for name, tensor in spec.scratch.items()}}
-        self.outputs = len(spec.outputs)
+        self.outputs = (*spec.outputs,)
         self.shapes = [jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(tensor.dtype)) for tensor in shapes.values()]
         # Emulations wait for the device, and torch's GEMM allocates: neither can be recorded into a CUDA graph.
         self.recordable = implementation.gemm == "triton"
@@ -99,31 +106,31 @@ class _Call:
             with _on_stream(ctx, buffers[0]):
                 tensors = [_tensor(buffer) for buffer in buffers]
                 outputs = dict(zip(spec.outputs, tensors, strict=False))
-                scratch = dict(zip(spec.scratch, tensors[self.outputs :], strict=True))
+                scratch = dict(zip(spec.scratch, tensors[len(outputs) :], strict=True))
                 own = (buffer for index, buffer in enumerate(inputs) if index not in self.aliases)
                 function(outputs, scratch, *map(_tensor, own))
 
         self.callback = callback
 
 
-def _run(call: _Call, *inputs: jax.Array) -> list[jax.Array]:
-    """The outputs (without the scratch) of ``call``."""
+def _run(call: _Call, *inputs: jax.Array) -> dict[str, jax.Array]:
+    """The outputs (without the scratch) of ``call``, by name."""
     run = buffer_callback(
         call.callback, call.shapes, vmap_method="sequential", input_output_aliases=call.aliases,
         command_buffer_compatible=call.recordable,
     )  # fmt: skip
-    outputs = run(*inputs)[: call.outputs]
+    outputs = dict(zip(call.outputs, run(*inputs), strict=False))
     axes = tuple(varying_axes(*inputs))  # buffer_callback forgets them
-    return [jax.lax.pcast(x, axes, to="varying") for x in outputs] if axes else outputs
+    return {name: jax.lax.pcast(x, axes, to="varying") for name, x in outputs.items()} if axes else outputs
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_call(plan: Plan, save: bool) -> _Call:
+def _forward_call(plan: Plan, save: bool, save_amax: bool = False) -> _Call:
     pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
     if plan.platform == "gpu":
         _warm_up(problem, config)
-    spec = pipeline.forward_spec(problem, config, device, save_tokens=save)
+    spec = pipeline.forward_spec(problem, config, device, save_tokens=save, save_amax=save_amax)
 
     def run(outputs: "pipeline.Tensors", scratch: "pipeline.Tensors", A: Any, B: Any, offs: Any) -> None:
         pipeline.forward(problem, config, device, A, B.mT if plan.transpose_rhs else B, offs, outputs, scratch)
@@ -132,10 +139,10 @@ def _forward_call(plan: Plan, save: bool) -> _Call:
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_call(plan: Plan, need_dA: bool, need_dB: bool) -> _Call:
+def _backward_call(plan: Plan, need_dA: bool, need_dB: bool, amax_is_known: bool) -> _Call:
     pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
-    spec = pipeline.backward_spec(problem, config, device, need_dA, need_dB)
+    spec = pipeline.backward_spec(problem, config, device, need_dA, need_dB, amax_is_known=amax_is_known)
     if need_dB and plan.transpose_rhs:  # XLA's buffer has the layout of rhs; the kernels get its [G, K, N] view
         outputs = {**spec.outputs, "dB": pipeline.TensorSpec(plan.rhs_shape, plan.rhs_dtype)}
         spec = pipeline.Spec(outputs, spec.scratch)
@@ -143,10 +150,11 @@ def _backward_call(plan: Plan, need_dA: bool, need_dB: bool) -> _Call:
     def run(outputs: "dict[str, torch.Tensor]", scratch: "pipeline.Tensors", dout: Any, *rest: Any) -> None:
         *saved, offs = rest
         B = saved.pop(0) if need_dA else None
+        b_amax = saved.pop(0) if amax_is_known else None
         if plan.transpose_rhs:
             B = None if B is None else B.mT
             outputs |= {"dB": outputs["dB"].mT} if need_dB else {}
-        pipeline.backward(problem, config, device, dout, tuple(saved), B, offs, outputs, scratch)
+        pipeline.backward(problem, config, device, dout, tuple(saved), B, offs, outputs, scratch, b_amax)
 
     return _Call(spec, run, _implementation(config, plan.platform))
 
@@ -156,18 +164,25 @@ def _backward_call(plan: Plan, need_dA: bool, need_dB: bool) -> _Call:
 
 def experts_forward(
     plan: ExpertsPlan, x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, offs: jax.Array, *, save: bool
-) -> tuple[jax.Array, ...]:
-    """``(out, gate_up, x_tokens, x_tokens_scale, h_tokens, h_tokens_scale)``, those of `experts.forward_outputs`."""
-    return tuple(_run(_experts_call(plan, "forward", save), x, w1, w2, w3, offs))
+) -> dict[str, jax.Array]:
+    """The outputs of `experts.forward_outputs`, by name."""
+    return _run(_experts_call(plan, "forward", save), x, w1, w2, w3, offs)
 
 
 def experts_dgrad(
-    plan: ExpertsPlan, dh: jax.Array, gate_up: jax.Array, w1: jax.Array, w3: jax.Array, offs: jax.Array, need_dx: bool
+    plan: ExpertsPlan,
+    dh: jax.Array,
+    gate_up: jax.Array,
+    w1: jax.Array,
+    w3: jax.Array,
+    offs: jax.Array,
+    need_dx: bool,
+    w13_amax: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """``(d_gate_up, dx, amax)``; None for what is not needed or not there."""
-    d_gate_up, *rest = _run(_experts_call(plan, "dgrad", need_dx), dh, w1, w3, offs, gate_up)
-    dx, amax, *_ = *rest, None, None
-    return d_gate_up, dx, amax
+    """``(d_gate_up, dx, amax)``; None for what is not needed or not there. ``w13_amax``: of `experts_forward`."""
+    known = (w13_amax,) if need_dx and w13_amax is not None else ()
+    got = _run(_experts_call(plan, "dgrad", need_dx, bool(known)), dh, w1, w3, offs, gate_up, *known)
+    return got["gate_up"], got.get("dx"), got.get("amax")
 
 
 def experts_wgrad(
@@ -175,19 +190,19 @@ def experts_wgrad(
 ) -> tuple[jax.Array, jax.Array]:
     """``(dw1, dw3)``."""
     known = () if amax is None else (amax,)
-    dw1, dw3 = _run(_experts_call(plan, "wgrad", amax is not None), d_gate_up, offs, *known, *x_saved)
-    return dw1, dw3
+    got = _run(_experts_call(plan, "wgrad", amax is not None), d_gate_up, offs, *known, *x_saved)
+    return got["dw1"], got["dw3"]
 
 
 def swiglu(gate_up: jax.Array, plan: ExpertsPlan) -> jax.Array:
     """h [M, H] of gate_up [M, 2H], by the kernel that the forward used."""
-    return _run(_experts_call(plan, "swiglu"), gate_up)[0]
+    return _run(_experts_call(plan, "swiglu"), gate_up)["h"]
 
 
 @functools.lru_cache(maxsize=4096)
-def _experts_call(plan: ExpertsPlan, stage: str, flag: bool = True) -> _Call:
+def _experts_call(plan: ExpertsPlan, stage: str, flag: bool = True, known: bool = False) -> _Call:
     """`flag`: of "forward", that the backward's tensors are wanted; of "dgrad", that dx is; of "wgrad", that amax is an
-    input."""
+    input. `known`: of "dgrad", that w13_amax is an input."""
     pipeline = _pipeline()
     from xmoe.kernels import experts
 
@@ -205,11 +220,11 @@ def _experts_call(plan: ExpertsPlan, stage: str, flag: bool = True) -> _Call:
 
         return _Call(experts.forward_spec(e, config, device, flag), forward, implementation)
     if stage == "dgrad":
-        spec = experts.dgrad_spec(e, config, device) if flag else pipeline.Spec()
+        spec = experts.dgrad_spec(e, config, device, amax_is_known=known) if flag else pipeline.Spec()
         spec = pipeline.Spec({"gate_up": gate_up, **spec.outputs}, spec.scratch)
 
-        def dgrad(outputs: Any, scratch: Any, dh: Any, w1: Any, w3: Any, offs: Any) -> None:
-            experts.dgrad(e, config, device, dh, outputs["gate_up"], (w1, w3), offs, outputs, scratch)
+        def dgrad(outputs: Any, scratch: Any, dh: Any, w1: Any, w3: Any, offs: Any, *w13_amax: Any) -> None:
+            experts.dgrad(e, config, device, dh, outputs["gate_up"], (w1, w3), offs, outputs, scratch, *w13_amax)
 
         return _Call(spec, dgrad, implementation, {4: 0})
     if stage == "wgrad":

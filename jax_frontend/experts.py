@@ -63,25 +63,26 @@ def swiglu_experts(
 def _swiglu_experts(
     plan: ExpertsPlan, x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, offs: jax.Array
 ) -> jax.Array:
-    return _forward(plan, x, w1, w2, w3, offs, save=False)[0]
+    return _forward(plan, x, w1, w2, w3, offs, save=False)["out"]
 
 
 def _fwd(plan: ExpertsPlan, x: Any, w1: Any, w2: Any, w3: Any, offs: Any) -> tuple[jax.Array, Any]:
     """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
     needs = tuple(argument.perturbed for argument in (x, w1, w2, w3))
-    out, *saved = _forward(plan, x.value, w1.value, w2.value, w3.value, offs.value, save=True)
-    gate_up, tokens = saved[0], tuple(saved[1:])
-    x_saved, h_saved = tokens[:2], tokens[2:]
-    if not tokens:  # the config's wgrad takes x, and h, which the backward makes again
+    got = _forward(plan, x.value, w1.value, w2.value, w3.value, offs.value, save=True)
+    x_saved, h_saved = (
+        tuple(got[name] for name in (f"{part}_tokens", f"{part}_tokens_scale") if name in got) for part in "xh"
+    )
+    if not x_saved:  # the config's wgrad takes x, and h, which the backward makes again
         x_saved = (x.value,)
-    return out, (
-        gate_up, x_saved if needs[1] or needs[3] else None, h_saved if needs[2] else None,
-        w1.value, w2.value, w3.value, offs.value, () if needs[0] else None,
+    return got["out"], (
+        got["gate_up"], x_saved if needs[1] or needs[3] else None, h_saved if needs[2] else None,
+        w1.value, w2.value, w3.value, got.get("w13_amax"), got.get("w2_amax"), offs.value, () if needs[0] else None,
     )  # fmt: skip
 
 
 def _bwd(plan: ExpertsPlan, residuals: Any, dout: Any) -> tuple[jax.Array | None, ...]:
-    gate_up, x_saved, h_saved, w1, w2, w3, offs, wants_dx = residuals
+    gate_up, x_saved, h_saved, w1, w2, w3, w13_amax, w2_amax, offs, wants_dx = residuals
     need_dx = wants_dx is not None
     if isinstance(dout, SymbolicZero):
         return None, None, None, None, None
@@ -90,10 +91,10 @@ def _bwd(plan: ExpertsPlan, residuals: Any, dout: Any) -> tuple[jax.Array | None
     need_dh = need_dx or x_saved is not None
     if not need_dh and h_saved is None:
         return None, None, None, None, None
-    dh, dw2 = gemm_backward(plan.of_output, dout, h_saved, w2 if need_dh else None, offs)
+    dh, dw2 = gemm_backward(plan.of_output, dout, h_saved, w2 if need_dh else None, offs, w2_amax)
     dx = dw1 = dw3 = None
     if need_dh:
-        d_gate_up, dx, amax = _dgrad(plan, dh, gate_up, w1, w3, offs, need_dx)
+        d_gate_up, dx, amax = _dgrad(plan, dh, gate_up, w1, w3, offs, need_dx, w13_amax)
         if x_saved is not None:
             dw1, dw3 = _wgrad(plan, d_gate_up, amax, x_saved, offs)
     return dx, dw1, dw2, dw3, None
@@ -109,8 +110,8 @@ def _has_kernels(plan: ExpertsPlan) -> bool:
     return plan.engine == "bridge" and bridge.has_kernels(plan.config, plan.platform)
 
 
-def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *, save: bool) -> tuple[jax.Array, ...]:
-    """out, and with ``save`` gate_up and the wgrad operands of x and h, where the config has them."""
+def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *, save: bool) -> dict[str, jax.Array]:
+    """By name out, and with ``save`` gate_up and, where they are, what else `bridge.experts_forward` gives."""
     if plan.engine == "bridge":
         return bridge.experts_forward(plan, x, w1, w2, w3, offs, save=save)
 
@@ -121,17 +122,19 @@ def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *, save: bool) -> tuple[jax
     up, _ = dot(x, w3, plan.x_dtype, False)
     gate_up = jnp.concatenate([gate, up], axis=1)
     out, h_saved = dot(emulation.swiglu(gate_up), w2, plan.out_dtype, save)
-    if not save:
-        return (out,)
-    return out, gate_up, *(x_saved if len(x_saved) == 2 else ()), *(h_saved if len(h_saved) == 2 else ())
+    got = {"out": out, "gate_up": gate_up} if save else {"out": out}
+    for part, saved in (("x", x_saved), ("h", h_saved)):
+        if len(saved) == 2:
+            got[f"{part}_tokens"], got[f"{part}_tokens_scale"] = saved
+    return got
 
 
 def _dgrad(
-    plan: ExpertsPlan, dh, gate_up, w1, w3, offs, need_dx: bool
+    plan: ExpertsPlan, dh, gate_up, w1, w3, offs, need_dx: bool, w13_amax: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The gradients of gate_up and x, and what saves `_wgrad` a pass, if there is anything."""
     if plan.engine == "bridge":
-        return bridge.experts_dgrad(plan, dh, gate_up, w1, w3, offs, need_dx)
+        return bridge.experts_dgrad(plan, dh, gate_up, w1, w3, offs, need_dx, w13_amax)
     d_gate_up = emulation.swiglu_gradient(dh, gate_up)
     if not need_dx:
         return d_gate_up, None, None

@@ -76,20 +76,20 @@ def ragged_dot(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ragged_dot(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array) -> jax.Array:
-    return _forward(plan, lhs, rhs, offs, save=False)[0]
+    return _forward(plan, lhs, rhs, offs)[0]
 
 
 def _ragged_dot_fwd(plan: Plan, lhs: Any, rhs: Any, offs: Any) -> tuple[jax.Array, Any]:
     """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
-    out, saved = _forward(plan, lhs.value, rhs.value, offs.value, save=rhs.perturbed)
-    return out, (saved if rhs.perturbed else None, rhs.value if lhs.perturbed else None, offs.value)
+    out, saved, b_amax = _forward(plan, lhs.value, rhs.value, offs.value, save=rhs.perturbed, save_amax=lhs.perturbed)
+    return out, (saved if rhs.perturbed else None, rhs.value if lhs.perturbed else None, offs.value, b_amax)
 
 
 def _ragged_dot_bwd(plan: Plan, residuals: Any, dout: Any) -> tuple[jax.Array | None, jax.Array | None, None]:
-    saved, rhs, offs = residuals
+    saved, rhs, offs, b_amax = residuals
     if isinstance(dout, SymbolicZero) or (saved is None and rhs is None):
         return None, None, None
-    return *backward(plan, dout, saved, rhs, offs), None
+    return *backward(plan, dout, saved, rhs, offs, b_amax), None
 
 
 _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)
@@ -98,18 +98,25 @@ _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)
 # --------------------------------------------------------------------------------------------------------- the engines
 
 
-def _forward(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool) -> tuple[jax.Array, Saved]:
+def _forward(
+    plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool = False, save_amax: bool = False
+) -> tuple[jax.Array, Saved, jax.Array | None]:
     if plan.engine == "bridge":
-        return bridge.forward(plan, lhs, rhs, offs, save=save)
-    return emulation.forward(lhs, _as_gkn(plan, rhs), offs, plan.config, plan.out_dtype, save_tokens=save)
+        return bridge.forward(plan, lhs, rhs, offs, save=save, save_amax=save_amax)
+    return *emulation.forward(lhs, _as_gkn(plan, rhs), offs, plan.config, plan.out_dtype, save_tokens=save), None
 
 
 def backward(
-    plan: Plan, dout: jax.Array, saved: Saved | None, rhs: jax.Array | None, offs: jax.Array
+    plan: Plan,
+    dout: jax.Array,
+    saved: Saved | None,
+    rhs: jax.Array | None,
+    offs: jax.Array,
+    b_amax: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """dlhs where ``rhs`` is given, drhs where ``saved`` is."""
+    """dlhs where ``rhs`` is given, drhs where ``saved`` is. ``b_amax``: what `bridge.forward` found of rhs."""
     if plan.engine == "bridge":
-        return bridge.backward(plan, dout, saved, rhs, offs)
+        return bridge.backward(plan, dout, saved, rhs, offs, b_amax)
     dlhs = drhs = None
     if rhs is not None:
         dlhs = emulation.dgrad(dout, _as_gkn(plan, rhs), offs, plan.config, plan.lhs_dtype)

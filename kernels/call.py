@@ -11,7 +11,7 @@ import torch
 
 from xmoe.config import Accumulation, GroupedMMConfig
 from xmoe.kernels.dispatch import Device, Elements, select
-from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, gemm_tiles
+from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, gemm_tiles, map_tiles
 from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
@@ -24,7 +24,8 @@ def programs(index: int) -> int:
 
 
 class Call:
-    """The stages of one call: quantize, map, multiply. Reads sizes from the tensors, tile shapes from the problem."""
+    """The stages of one call: prepare, quantize, multiply. Reads sizes from the tensors, tile shapes from the
+    problem."""
 
     def __init__(
         self,
@@ -42,14 +43,16 @@ class Call:
         self.offs, self.scratch = offs, scratch
         self.precise = config.accumulation is Accumulation.PRECISE
         self.programs = programs(offs.device.index)
-        self.mapped: set[int] = set()
 
-    def map(self, M: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-        token_tiles, groups = self.scratch[f"tiles_{tile}"], self.scratch[f"groups_{tile}"]
-        if tile not in self.mapped:
-            tiles.map_tiles(self.offs, M, tile, token_tiles, groups)
-            self.mapped.add(tile)
-        return token_tiles, groups
+    def prepare(self, M: int, *tensors: Tensors) -> None:
+        """The launch before the other stages: of all `tensors` (outputs, scratch) of a call the maps of M tokens, and
+        zeros in the maxima, which are called "...amax"."""
+        maps = {tile: _map(some, tile) for some in tensors for tile in map_tiles(some)}
+        maxima = [some[name] for some in tensors for name in some if name.endswith("amax")]
+        tiles.prepare(self.offs, M, maps, maxima)
+
+    def map(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return _map(self.scratch, tile)
 
     def gemm_tiles(self, kernel: str, elements: Elements, out: torch.Tensor):
         dtype = str(out.dtype).removeprefix("torch.")
@@ -63,11 +66,14 @@ class Call:
         if self.config.format == "bf16":
             return self.cast(name, x), None
         data, scale = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
-        map = self.map(x.shape[0], TOKEN_TILE) if self.implementation.scale_tiles else None
+        map = self.map(TOKEN_TILE) if self.implementation.scale_tiles else None
         quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, gated=self.gated)
         return data, scale
 
-    def weights(self, b: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def weights(
+        self, b: Weights, amax: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The operand of b; `amax`, `columns` as in `quantize_weights`."""
         if isinstance(b, Prepared):
             return b
         parts = [b] if isinstance(b, torch.Tensor) else b
@@ -76,7 +82,7 @@ class Call:
             if len(parts) > 1:
                 return torch.cat([part.mT for part in parts], 1, out=self.scratch["b"].view(G, C, P)).mT, None
             return (parts[0] if parts[0].dtype == torch.bfloat16 else self.scratch["b"].copy_(parts[0])), None
-        return quantize_weights(parts, self.config, self.scratch, self.programs)
+        return quantize_weights(parts, self.config, self.scratch, self.programs, amax, columns)
 
     def cast(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.bfloat16 else self.scratch[name].copy_(x)
@@ -94,7 +100,7 @@ class Call:
         if gated and amax_is_known:
             x, gated = self.scratch["kept"], False
         data, scale = tensors[name], self.rows_first(tensors.get(f"{name}_scale"))
-        map = self.map(x.shape[0], TOKEN_TILE)
+        map = self.map(TOKEN_TILE)
         if self.implementation.straight_tokens:
             quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=gated)
         else:
@@ -111,7 +117,7 @@ class Call:
             rows = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
             data, scale = tensors[f"{name}_tokens"], self.rows_first(tensors[f"{name}_tokens_scale"])
             assert scale is not None, f"{name}_tokens has no scale"
-            map = self.map(x.shape[0], TOKEN_TILE)
+            map = self.map(TOKEN_TILE)
             quantize_both.quantize_rows_and_tokens(x, self.config.format, *rows, data, scale, *map, gated=self.gated)
             return rows, (data, scale)
         amax = self.scratch.get(f"{name}_tokens_amax")
@@ -123,18 +129,26 @@ class Call:
         if amax is None:
             return self.rows(name, x), False
         rows = self.scratch[name], self.scratch[f"{name}_scale"]
-        _, groups = self.map(x.shape[0], TOKEN_TILE)
+        _, groups = self.map(TOKEN_TILE)
         known = quantize.quantize_rows(
             x, self.config.format, *rows, self.programs, (amax, groups), gated=self.gated, kept=self.scratch.get("kept")
         )
         return rows, known
 
-    def grouped_mm(self, a: tuple[torch.Tensor, torch.Tensor | None], b: Weights, out: torch.Tensor) -> None:
-        """out[M, P] = a[M, C] @ b[G, P, C]^T."""
+    def grouped_mm(
+        self,
+        a: tuple[torch.Tensor, torch.Tensor | None],
+        b: Weights,
+        out: torch.Tensor,
+        *,
+        amax: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+    ) -> None:
+        """out[M, P] = a[M, C] @ b[G, P, C]^T; `amax`, `columns` as in `quantize_weights`, unless b is prepared."""
         tuned = self.gemm_tiles("grouped_mm", self.implementation.elements, out)
         a_data, a_scale = a
-        b_data, b_scale = self.weights(b)
-        token_tiles, groups = self.map(a_data.shape[0], tuned.rows)
+        b_data, b_scale = self.weights(b, amax, columns)
+        token_tiles, groups = self.map(tuned.rows)
         if self.implementation.gemm == "torch":
             _torch_grouped_mm(a_data, a_scale, b_data, b_scale, groups, out, not self.precise)
             return
@@ -161,36 +175,50 @@ class Call:
 
     def wgrad_hp(self, A: torch.Tensor, dOut: torch.Tensor, dB: torch.Tensor) -> None:
         """dB from A and dOut in bf16, as they lie."""
-        _, groups = self.map(dOut.shape[0], TOKEN_TILE)
+        _, groups = self.map(TOKEN_TILE)
         self.grouped_mm_tokens(self.cast("a_hp", A), None, self.cast("d_hp", dOut), None, groups, dB)
 
-    def saved_tokens(self, a: tuple[torch.Tensor, torch.Tensor], M: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def saved_tokens(self, a: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The wgrad operand of A, from what the forward saved of it."""
         if not self.implementation.straight_tokens:
             return a[0], self.rows_first(a[1])
         data = self.scratch["a_tokens_bf16"]
-        quantize_blocks.dequantize_tokens_straight(*a, data, *self.map(M, TOKEN_TILE))
+        quantize_blocks.dequantize_tokens_straight(*a, data, *self.map(TOKEN_TILE))
         return data, None
 
     def wgrad(
         self,
         a: tuple[torch.Tensor, torch.Tensor | None],
         d: tuple[torch.Tensor, torch.Tensor | None],
-        M: int,
         dB: torch.Tensor,
     ) -> None:
         """dB from the wgrad operands of A and dOut."""
-        self.grouped_mm_tokens(*a, *d, self.map(M, TOKEN_TILE)[1], dB)
+        self.grouped_mm_tokens(*a, *d, self.map(TOKEN_TILE)[1], dB)
+
+
+def _map(tensors: Tensors, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tensors[f"tiles_{tile}"], tensors[f"groups_{tile}"]
 
 
 def quantize_weights(
-    parts: Sequence[torch.Tensor], config: GroupedMMConfig, scratch: Tensors, programs: int
+    parts: Sequence[torch.Tensor],
+    config: GroupedMMConfig,
+    scratch: Tensors,
+    programs: int,
+    amax: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> Prepared:
-    """Weights [G, P, C] along C, those of several parts side by side, into the tensors of `weights_spec`."""
+    """Weights [G, P, C] along C, those of several parts side by side, into the tensors of `weights_spec`.
+
+    `amax` int32 [G, P]: the rows' maxima, where they are known; `columns` int32 [G, C]: receives those of the columns,
+    which are the rows of the same weights along their other axis. Where `finds_maxima` of specs.py.
+    """
     data, scale = scratch["b"], scratch.get("b_scale")
     if scale is None and parts[0].stride(2) != 1:  # bf16 in the layout of the weights
         data = data.view(data.shape[0], data.shape[2], data.shape[1]).mT
-    quantize.quantize_weights(parts, config.format, data, scale, scratch.get("b_amax"), programs)
+    known = amax is not None
+    amax = amax if known else scratch.get("b_amax")
+    quantize.quantize_weights(parts, config.format, data, scale, amax, programs, amax_is_known=known, columns=columns)
     return Prepared(data, scale)
 
 

@@ -15,9 +15,10 @@ A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `dgra
 frontend can let go of memory in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -33,9 +34,12 @@ from xmoe.kernels.specs import (
     Spec,
     Tensors,
     TensorSpec,
+    finds_maxima,
+    is_map,
     saves_input,
     scale_tiles,
     token_map,
+    with_maps,
 )
 from xmoe.operands import TOKEN_TILE, padded_tokens
 
@@ -80,25 +84,28 @@ def gives_amax(config: GroupedMMConfig, H: int) -> bool:
 # --------------------------------------------------------------------------------------------------------------- specs
 
 
-def _is_map(name: str) -> bool:
-    return name.startswith(("tiles_", "groups_"))
-
-
 def _part(tensors: Tensors, part: str) -> dict[str, torch.Tensor]:
     """The tensors called "`part`.name", as name, and the maps."""
     prefix = f"{part}."
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix) or _is_map(name)}
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix) or is_map(name)}
 
 
-def forward_outputs(e: Experts, config: GroupedMMConfig, impl: Implementation, save: bool) -> dict[str, TensorSpec]:
+def forward_outputs(
+    e: Experts, config: GroupedMMConfig, impl: Implementation, save: bool, prepared: bool = False
+) -> dict[str, TensorSpec]:
     """``out`` [M, D]; with `save` also ``gate_up`` [M, 2H] and, unless `saves_input(config)`, the wgrad operands of x
-    and h, ``x_tokens``, ``x_tokens_scale``, ``h_tokens``, ``h_tokens_scale`` (as in `pipeline.forward_outputs`)."""
+    and h, ``x_tokens``, ``x_tokens_scale``, ``h_tokens``, ``h_tokens_scale`` (as in `pipeline.forward_outputs`), and,
+    of weights that are not `prepared`, where `finds_maxima`, ``w13_amax`` int32 [G, D] and ``w2_amax`` [G, H], for
+    `dgrad` and for the `pipeline.backward` of w2."""
     outputs = {"out": TensorSpec((e.M, e.D), e.out_dtype)}
     if save:
         outputs["gate_up"] = TensorSpec((e.M, 2 * e.H), e.x_dtype)
         for name, problem in (("x", e.input_problem), ("h", e.output_problem)):
             gemm = pipeline.forward_outputs(problem, config, impl, True)
             outputs |= {name + key.removeprefix("a"): gemm[key] for key in gemm if key != "out"}
+        for name, C in (("w13_amax", e.D), ("w2_amax", e.H)):
+            if not prepared and finds_maxima(config, impl, C):
+                outputs[name] = TensorSpec((e.G, C), "int32")
     return outputs
 
 
@@ -108,7 +115,7 @@ def forward_spec(
 ) -> Spec:
     """Outputs: `forward_outputs`. `prepared`: the weights come so."""
     e, impl = experts, select(config, device)
-    spec = Spec(forward_outputs(e, config, impl, save))
+    spec = Spec(forward_outputs(e, config, impl, save, prepared))
     if not save:
         spec.scratch["gate_up"] = TensorSpec((e.M, 2 * e.H), e.x_dtype)
     if impl.gemm == "emulated":
@@ -117,7 +124,8 @@ def forward_spec(
         spec.scratch["hidden"] = TensorSpec((e.M, e.H), e.x_dtype)
     for part, problem in (("in", e.input_problem), ("out", e.output_problem)):
         for name, tensor in pipeline.forward_spec(problem, config, device, save, prepared).scratch.items():
-            spec.scratch[name if _is_map(name) else f"{part}.{name}"] = tensor
+            spec.scratch[name if is_map(name) else f"{part}.{name}"] = tensor
+        spec.scratch.pop(f"{part}.b_amax", None)  # the weights lie along the contraction
     spec.scratch.pop("out.b", None)  # as many bytes as in.b
     if save and config.format == "fp8_rowwise" and not saves_input(config) and e.H <= LONGEST_ROW:
         spec.scratch["out.kept"] = TensorSpec((e.M, e.H), e.x_dtype)
@@ -125,16 +133,20 @@ def forward_spec(
 
 
 @lru_cache(maxsize=4096)
-def dgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device, prepared: bool = False) -> Spec:
+def dgrad_spec(
+    experts: Experts, config: GroupedMMConfig, device: Device, prepared: bool = False, amax_is_known: bool = False
+) -> Spec:
     """Outputs: ``dx`` [M, D] in x_dtype and, where it costs nothing, ``amax`` int32 [G, 2H], for `wgrad`.
 
-    Scratch ``d``, the rows of the gradient of gate_up, may lie where dh does, if it fits.
+    Scratch ``d``, the rows of the gradient of gate_up, may lie where dh does, if it fits. `amax_is_known`: the
+    forward's ``w13_amax`` comes with the weights.
     """
     e, impl = experts, select(config, device)
     spec = Spec({"dx": TensorSpec((e.M, e.D), e.x_dtype)})
     if impl.gemm == "emulated":
         return spec
-    spec.scratch.update(pipeline.backward_spec(e.joint_problem, config, device, True, False, prepared).scratch)
+    of_gemm = pipeline.backward_spec(e.joint_problem, config, device, True, False, prepared, amax_is_known)
+    spec.scratch.update(of_gemm.scratch)
     if config.format == "bf16":
         spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
     if gives_amax(config, e.H):
@@ -186,20 +198,20 @@ def forward(
 
     def run() -> None:
         inner = Call(e.input_problem, config, device, offs, _part(scratch, "in"))
+        inner.prepare(x.shape[0], outputs, scratch)
         rows = _rows(inner, x, outputs, "x")
         for w, half in zip((w1, w3), gate_up.split(e.H, 1), strict=True):
-            inner.grouped_mm(rows, w, half)
+            inner.grouped_mm(rows, w, half, columns=outputs.get("w13_amax"))
         of_h = _part(scratch, "out")
         if "in.b" in scratch:
             of_h["b"] = scratch["in.b"].view(-1, e.D, e.H)
         outer = Call(e.output_problem, config, device, offs, of_h, gated=True)
-        outer.mapped = inner.mapped
         if config.format == "bf16":
             swiglu.swiglu(gate_up, scratch["hidden"])
             rows = outer.rows("a", scratch["hidden"])
         else:
             rows = _rows(outer, gate_up, outputs, "h")
-        outer.grouped_mm(rows, w2, outputs["out"])
+        outer.grouped_mm(rows, w2, outputs["out"], columns=outputs.get("w2_amax"))
 
     with on_device(offs):
         replayed(("experts", e, config, device), (x, w1, w2, w3, offs), (outputs, scratch), run)
@@ -223,11 +235,12 @@ def dgrad(
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
+    w13_amax: torch.Tensor | None = None,
 ) -> None:
     """Put the gradient of gate_up [M, 2H] in its place, given that of h, dh [M, H]; then write the outputs of
     `dgrad_spec`, if there are any (``outputs`` may be empty).
 
-    `w13`: (w1, w3), or both prepared side by side (`prepare_weights`).
+    `w13`: (w1, w3), or both prepared side by side (`prepare_weights`). `w13_amax`: the forward's, if it gave one.
     """
     e = experts
     if select(config, device).gemm == "emulated":
@@ -239,11 +252,13 @@ def dgrad(
         if "dx" not in outputs:
             return
         call = Call(e.joint_problem, config, device, offs, scratch)
+        call.prepare(dh.shape[0], scratch, outputs)
         rows = call.rows_and_amax("d", gate_up, outputs["amax"])[0] if "amax" in outputs else call.rows("d", gate_up)
-        call.grouped_mm(rows, w13 if isinstance(w13, Prepared) else [w.mT for w in w13], outputs["dx"])
+        weights = w13 if isinstance(w13, Prepared) else [w.mT for w in w13]
+        call.grouped_mm(rows, weights, outputs["dx"], amax=w13_amax)
 
     with on_device(offs):
-        replayed(("dgrad", e, config, device), (dh, gate_up, w13, offs), (outputs, scratch), run)
+        replayed(("dgrad", e, config, device), (dh, gate_up, w13, w13_amax, offs), (outputs, scratch), run)
 
 
 def wgrad(
@@ -273,16 +288,16 @@ def wgrad(
     def run() -> None:
         grads = outputs["dw1"].mT, outputs["dw3"].mT
         call = Call(e.joint_problem, config, device, offs, scratch)
+        call.prepare(d_gate_up.shape[0], scratch)
         if saves_input(config):
             for d, grad in zip(d_gate_up.split(e.H, 1), grads, strict=True):
                 call.wgrad_hp(x_saved[0], d, grad)
             return
         x, x_scale = x_saved
         halves = _halves(call, e, d_gate_up, scratch, amax)
-        M = d_gate_up.shape[0]
-        a = call.saved_tokens((x, x_scale), M)
+        a = call.saved_tokens((x, x_scale))
         for half, grad in zip(halves, grads, strict=True):
-            call.wgrad(a, half, M, grad)
+            call.wgrad(a, half, grad)
 
     known = () if amax is None else (amax,)
     with on_device(offs):
@@ -298,14 +313,11 @@ def prepare_weights(
     w3: torch.Tensor,
 ) -> tuple[Prepared, Prepared, Prepared, Prepared, Prepared]:
     """For any number of steps: w1, w2, w3 of `forward`, w2 of its `pipeline.backward`, w13 of `dgrad`. Not for bf16."""
-    of_in, of_out, joint = experts.input_problem, experts.output_problem, experts.joint_problem
-    return (
-        pipeline.prepare_weights(of_in, config, device, w1),
-        pipeline.prepare_weights(of_out, config, device, w2),
-        pipeline.prepare_weights(of_in, config, device, w3),
-        pipeline.prepare_weights(of_out, config, device, w2.mT),
-        pipeline.prepare_weights(joint, config, device, [w1.mT, w3.mT]),
-    )
+    amax = pipeline.no_maxima(config, device, w1)
+    of_w1, of_w3 = (pipeline.prepare_weights(experts.input_problem, config, device, w, columns=amax) for w in (w1, w3))
+    joint = pipeline.prepare_weights(experts.joint_problem, config, device, [w1.mT, w3.mT], amax=amax)
+    of_w2, of_w2_dgrad = pipeline.prepare_both(experts.output_problem, config, device, w2.mT)
+    return of_w1, of_w2, of_w3, of_w2_dgrad, joint
 
 
 def _halves(call: Call, e: Experts, d_gate_up: torch.Tensor, scratch: Tensors, amax: torch.Tensor | None):
@@ -334,27 +346,25 @@ def warm_up(experts: Experts, config: GroupedMMConfig, device: torch.device) -> 
         return
     pipeline.warm_up(e.output_problem, config, device)
     small = replace(e, M=16, G=1)
-    specs = forward_spec(e, config, view), dgrad_spec(e, config, view), wgrad_spec(e, config, view)
-    used = {name: spec for s in specs for name, spec in s.scratch.items() if _is_map(name)}
-    tiles = {int(name.removeprefix("tiles_")) for name in used if name.startswith("tiles_")}
-    maps = {name: spec for tile in tiles for name, spec in token_map(tile, small.input_problem).items()}
 
-    def tensors(spec: Spec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return pipeline.allocate(spec.outputs, device), pipeline.allocate(spec.scratch | maps, device)
+    def tensors(spec: Callable[..., Spec], *args: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        own, of_all = (spec(experts, config, view, *args) for experts in (small, e))
+        scratch = with_maps(own, of_all, small.input_problem)
+        return pipeline.allocate(own.outputs, device), pipeline.allocate(scratch, device)
 
     x = torch.zeros(small.M, e.D, dtype=getattr(torch, e.x_dtype), device=device)
     w1 = torch.zeros(1, e.H, e.D, dtype=getattr(torch, e.w_dtype), device=device)
     w2, offs = w1.mT.contiguous(), torch.full((1,), small.M, dtype=torch.int32, device=device)
     for save in (False, True):
-        outputs, scratch = tensors(forward_spec(small, config, view, save))
+        outputs, scratch = tensors(forward_spec, save)
         forward(e, config, view, x, w1, w2, w1, offs, outputs, scratch)
     h = x.new_zeros(small.M, e.H)
     swiglu_into(outputs["gate_up"], h)
-    grads, scratch = tensors(dgrad_spec(small, config, view))
+    grads, scratch = tensors(dgrad_spec)
     dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, grads, scratch)
     saved = (x,) if saves_input(config) else (outputs["x_tokens"], outputs["x_tokens_scale"])
     for amax in {None, grads.get("amax")}:
-        dw, scratch = tensors(wgrad_spec(small, config, view))
+        dw, scratch = tensors(wgrad_spec)
         wgrad(e, config, view, outputs["gate_up"], amax, saved, offs, dw, scratch)
     torch.cuda.synchronize(device)
 

@@ -181,7 +181,7 @@ def _scale_args(a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, bloc
     if a_scale is None or b_scale is None:
         return "none", None, None
     if blockwise:
-        assert tuned.depth == FP8_BLOCK, f"a depth of {tuned.depth}: a step of the contraction is a block, {FP8_BLOCK}"
+        assert tuned.depth == FP8_BLOCK, f"a depth of {tuned.depth}: a step has one block, {FP8_BLOCK}"
         return "blockwise", a_scale, b_scale
     if a_scale.dtype == torch.float32:
         return "rowwise", a_scale, b_scale
@@ -208,7 +208,7 @@ def grouped_mm(
         b: e4m3 [G, P, C] contiguous, or bf16 [G, P, C] with axis 1 or 2 contiguous.
         a_scale, b_scale: float32 [M], [G, P]; or, `blockwise`, [M, ceil(C/128)], [G, ceil(P/128), ceil(C/128)]; or E8M0
             tiles [Mp/128, ceil(C/128), 512], [G, ceil(P/128), ceil(C/128), 512]; or None for bf16.
-        tiles, groups: the map of `tuned.rows`-token tiles (`tiles.map_tiles`).
+        tiles, groups: the map of `tuned.rows`-token tiles (`tiles.prepare`).
         out: bf16 or fp32 [M, P], written whole; rows may lie apart.
         programs: persistent programs, the number of multiprocessors.
         precise: add partial products in float32 outside the tensor core; `blockwise` does so anyway.
@@ -255,7 +255,7 @@ def grouped_mm_tokens(
             [M, Q], as they lie, whose rows may lie apart.
         a_scale, b_scale: float32 [G, P], [G, Q], whose rows may lie apart; or, `blockwise`, [P, Mp/128], [Q, Mp/128];
             or E8M0 tiles [ceil(P/128), Mp/128, 512], [ceil(Q/128), Mp/128, 512]; or None for bf16.
-        groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens.
+        groups: from `tiles.prepare`, with tiles of TOKEN_TILE tokens.
         out: bf16 or fp32 [G, P, Q], contiguous, written whole.
     """
     G, P, Q = out.shape

@@ -358,7 +358,7 @@ def grouped_mm(
         a, b: e4m3 [M, C] and [G, P, C], contiguous.
         a_scale: float32 [M, ceil(C/128)], any strides; the fastest have the rows of a block side by side.
         b_scale: float32 [G, ceil(P/128), ceil(C/128)], contiguous.
-        tiles, groups: the map of `tuned.rows`-token tiles (`tiles.map_tiles`).
+        tiles, groups: the map of `tuned.rows`-token tiles (`tiles.prepare`).
         out: bf16 or fp32 [M, P], written whole; rows may lie apart.
         tuned: 128 or 256 rows, 128 columns; its warps are those of the consumers.
         programs: persistent programs, the number of multiprocessors.
@@ -385,7 +385,7 @@ def grouped_mm_tokens(
     Args:
         a, b: e4m3 [P, Mp] and [Q, Mp], padded by group (`quantize.quantize_tokens`), contiguous.
         a_scale, b_scale: float32 [P, Mp/128] and [Q, Mp/128], any strides, as in `grouped_mm`.
-        groups: from `tiles.map_tiles`, with tiles of TOKEN_TILE tokens.
+        groups: from `tiles.prepare`, with tiles of TOKEN_TILE tokens.
         out: bf16 or fp32 [G, P, Q], contiguous, written whole.
         tuned, programs: as in `grouped_mm`.
     """

@@ -30,20 +30,18 @@ from xmoe.kernels.specs import (
     allocate,
     backward_spec,
     device_of,
+    finds_maxima,
     forward_outputs,
     forward_spec,
     saves_input,
-    token_map,
     weights_spec,
+    with_maps,
 )
 from xmoe.operands import QuantizedOperand
 
-if HAS_TRITON:
-    from xmoe.kernels import tiles
-
 __all__ = [
-    "Arena", "Layout", "Problem", "Spec", "TensorSpec", "Tensors", "allocate", "backward", "backward_spec", "device_of",
-    "forward", "forward_outputs", "forward_spec", "saves_input", "warm_up",
+    "HAS_TRITON", "Arena", "Layout", "Problem", "Spec", "TensorSpec", "Tensors", "allocate", "backward",
+    "backward_spec", "device_of", "forward", "forward_outputs", "forward_spec", "saves_input", "warm_up",
 ]  # fmt: skip
 
 
@@ -63,7 +61,8 @@ def forward(
         A: bf16 or fp32 [M, K].
         B: bf16 or fp32 [G, K, N], any strides that leave K or N contiguous; or `prepare_weights` of it along K.
         offs: int32 [G], cumulative group ends; any values (docs/design.md).
-        outputs, scratch: by the names of `forward_spec`, contiguous; ``a_tokens`` is written where it is given.
+        outputs, scratch: by the names of `forward_spec`, contiguous; ``a_tokens`` and, of B with K contiguous,
+            ``b_amax`` are written where they are given.
     """
     if select(config, device).gemm == "emulated":
         emulated_forward(config, A, B, offs, outputs)
@@ -71,8 +70,10 @@ def forward(
 
     def run() -> None:
         call = Call(problem, config, device, offs, scratch)
+        call.prepare(A.shape[0], outputs, scratch)
         a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
-        call.grouped_mm(a, B if isinstance(B, Prepared) else B.mT, outputs["out"])
+        b = B if isinstance(B, Prepared) else B.mT
+        call.grouped_mm(a, b, outputs["out"], columns=outputs.get("b_amax"))
 
     with on_device(offs):
         replayed(("forward", problem, config, device), (A, B, offs), (outputs, scratch), run)
@@ -88,6 +89,7 @@ def backward(
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
+    b_amax: torch.Tensor | None = None,
 ) -> None:
     """Write the outputs of `backward_spec`, those that `outputs` names.
 
@@ -97,6 +99,7 @@ def backward(
         B: as in `forward`; prepared along N; unused, and may be None, without ``dA``.
         offs: as in `forward`.
         outputs: ``dA`` contiguous; ``dB`` [G, K, N] contiguous, or the transposed view of a contiguous [G, N, K].
+        b_amax: the forward's, of the same B, if it gave one.
     """
     if select(config, device).gemm == "emulated":
         _emulated_backward(config, dOut, A_saved, B, offs, outputs)
@@ -107,11 +110,12 @@ def backward(
         if "dA" in outputs and "d_tokens" in scratch:  # the rows lie where the tokens will
             own = {**scratch, "d": scratch["d_tokens"].flatten()[: M * N].view(M, N)}
         call = Call(problem, config, device, offs, own)
+        call.prepare(M, scratch)
         amax, amax_is_known = own.get("d_tokens_amax"), False
         if "dA" in outputs:
             assert B is not None, "dA needs B"
             rows, amax_is_known = call.rows_and_amax("d", dOut, amax)
-            call.grouped_mm(rows, B, outputs["dA"])
+            call.grouped_mm(rows, B, outputs["dA"], amax=b_amax)
         if "dB" not in outputs:
             return
         if saves_input(config):
@@ -119,10 +123,10 @@ def backward(
         else:
             a, a_scale = A_saved
             d_tokens = call.tokens("d_tokens", dOut, own, amax, amax_is_known)
-            call.wgrad(call.saved_tokens((a, a_scale), M), d_tokens, M, outputs["dB"])
+            call.wgrad(call.saved_tokens((a, a_scale)), d_tokens, outputs["dB"])
 
     with on_device(offs):
-        replayed(("backward", problem, config, device), (dOut, A_saved, B, offs), (outputs, scratch), run)
+        replayed(("backward", problem, config, device), (dOut, A_saved, B, b_amax, offs), (outputs, scratch), run)
 
 
 def emulated_forward(config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs: Tensors) -> None:
@@ -163,11 +167,17 @@ def _emulated_weights(B: torch.Tensor | Prepared, axis: str, format: str) -> emu
 
 
 def prepare_weights(
-    problem: Problem, config: GroupedMMConfig, device: Device, b: torch.Tensor | Sequence[torch.Tensor]
+    problem: Problem,
+    config: GroupedMMConfig,
+    device: Device,
+    b: torch.Tensor | Sequence[torch.Tensor],
+    amax: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> Prepared:
     """Quantize b [G, P, C] (or several, side by side) along C into new memory, for any number of calls.
 
-    Not for the bf16 format, which multiplies weights as they are. Of `problem` only the dtypes matter.
+    Not for the bf16 format, which multiplies weights as they are. Of `problem` only the dtypes matter. `amax`,
+    `columns`: as in `xmoe.kernels.call.quantize_weights`.
     """
     impl, parts = select(config, device), [b] if isinstance(b, torch.Tensor) else b
     (G, P, _), C = parts[0].shape, sum(part.shape[2] for part in parts)
@@ -175,8 +185,28 @@ def prepare_weights(
         operand = emulation.quantize_weights(torch.cat(list(parts), 2), "N", config.format)
         return Prepared(operand.data, operand.scale)
     tensors = allocate(weights_spec(P, C, replace(problem, G=G), config, impl), parts[0].device)
+    if "b_amax" in tensors:
+        tensors["b_amax"].zero_()
     with on_device(parts[0]):
-        return quantize_weights(parts, config, tensors, programs(parts[0].device.index))
+        return quantize_weights(parts, config, tensors, programs(parts[0].device.index), amax, columns)
+
+
+def prepare_both(
+    problem: Problem, config: GroupedMMConfig, device: Device, B: torch.Tensor
+) -> tuple[Prepared, Prepared]:
+    """`prepare_weights` of B [G, K, N] along K and along N."""
+    rows = B if B.stride(2) == 1 else B.mT
+    columns = no_maxima(config, device, rows)
+    of_rows = prepare_weights(problem, config, device, rows, columns=columns)
+    of_columns = prepare_weights(problem, config, device, rows.mT, amax=columns)
+    return (of_columns, of_rows) if rows is B else (of_rows, of_columns)
+
+
+def no_maxima(config: GroupedMMConfig, device: Device, rows: torch.Tensor) -> torch.Tensor | None:
+    """Zeros [G, C], to receive the maxima of the columns of weights [G, P, C], where quantizing these finds them."""
+    G, _, C = rows.shape
+    finds = finds_maxima(config, select(config, device), C)
+    return torch.zeros(G, C, dtype=torch.int32, device=rows.device) if finds else None
 
 
 def _copy_bytes(out: torch.Tensor, x: torch.Tensor) -> None:
@@ -200,9 +230,6 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
         return
     M = 16
     small = replace(problem, M=M, G=1)
-    names = {**forward_spec(problem, config, view).scratch, **backward_spec(problem, config, view).scratch}
-    used = {int(name.removeprefix("tiles_")) for name in names if name.startswith("tiles_")}
-    maps = {name: spec for tile in used for name, spec in token_map(tile, small).items()}
 
     A = torch.zeros(M, problem.K, dtype=getattr(torch, problem.a_dtype), device=device)
     B = torch.zeros(1, problem.K, problem.N, dtype=getattr(torch, problem.b_dtype), device=device)
@@ -211,20 +238,16 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
     for b in (B, B.mT.contiguous().mT):
         saved = (A,)
         for save_tokens in (False, True):
-            spec = forward_spec(small, config, view, save_tokens)
-            outputs = allocate(spec.outputs, device)
-            forward(problem, config, view, A, b, offs, outputs, allocate(spec.scratch | maps, device))
+            flags = {"save_tokens": save_tokens, "save_amax": save_tokens and b is not B}
+            spec, of_problem = (forward_spec(p, config, view, **flags) for p in (small, problem))
+            outputs, scratch = allocate(spec.outputs, device), allocate(with_maps(spec, of_problem, small), device)
+            forward(problem, config, view, A, b, offs, outputs, scratch)
         if not saves_input(config):
             saved = (outputs["a_tokens"], outputs["a_tokens_scale"])
         for needs in ((True, False), (False, True), (True, True)):
-            spec = backward_spec(small, config, view, *needs)
-            grads = allocate(spec.outputs, device)
+            spec, of_problem = (backward_spec(p, config, view, *needs) for p in (small, problem))
+            grads, scratch = allocate(spec.outputs, device), allocate(with_maps(spec, of_problem, small), device)
             if "dB" in grads and b is not B:
                 grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
-            backward(problem, config, view, dOut, saved, b, offs, grads, allocate(spec.scratch | maps, device))
-    with on_device(offs):
-        for tile in used:  # the one kernel that is specialised by G
-            map = allocate(token_map(tile, replace(problem, M=M)), device)
-            no_tokens = torch.zeros(problem.G, dtype=torch.int32, device=device)
-            tiles.map_tiles(no_tokens, M, tile, map[f"tiles_{tile}"], map[f"groups_{tile}"])
+            backward(problem, config, view, dOut, saved, b, offs, grads, scratch)
     torch.cuda.synchronize(device)

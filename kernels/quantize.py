@@ -49,7 +49,7 @@ def quantize_rows(
     data: torch.Tensor,
     scale: torch.Tensor | None,
     programs: int,
-    columns: tuple[torch.Tensor, torch.Tensor] | None = None,
+    columns: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     *,
     map: tuple[torch.Tensor, torch.Tensor] | None = None,
     gated: bool = False,
@@ -64,11 +64,12 @@ def quantize_rows(
             of [R, C] has any strides), or E8M0 with one of ceil(C/32), or in tiles, [padded_tokens(R, G)/128,
             ceil(C/128), 512] or [G, ceil(P/128), ceil(C/128), 512], written whole; None with bf16 `data`.
         programs: the number of multiprocessors.
-        map: of TOKEN_TILE-row tiles (`tiles.map_tiles`), for scale tiles of x [R, C]: each group begins one. Rows of no
+        map: of TOKEN_TILE-row tiles (`tiles.prepare`), for scale tiles of x [R, C]: each group begins one. Rows of no
             group are then left unwritten.
-        columns: for "fp8_rowwise" (amax int32 [G, C], groups of `tiles.map_tiles`): amax receives, at no cost, the bits
-            of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group may then
-            be left unwritten. Rows longer than LONGEST_ROW do not fill it.
+        columns: for "fp8_rowwise" (amax int32 [G, C] of zeros, groups of `tiles.prepare`): amax receives, at no cost,
+            the bits of each column's largest magnitude in each group, which `quantize_tokens` needs. Rows of no group
+            may then be left unwritten. Without groups (None) those of each matrix of [G, P, C], which quantizing it
+            along P needs. Rows longer than LONGEST_ROW do not fill it.
         gated: x [R, 2C] stands for its SwiGLU [R, C] (`swiglu.py`).
         kept: [R, C] in the dtype of x, receives that where `columns` is filled.
     """
@@ -77,14 +78,11 @@ def quantize_rows(
     strides = x.stride() if x.ndim == 3 else (0, *x.stride())
     R = G * P
     assert data.is_contiguous(), f"strides {data.stride()}: rows are written one after the other"
-    amax, groups = columns or (None, None)
-    fills = amax is not None and C <= LONGEST_ROW
-    if fills:
-        zero(amax)
+    of_columns = (*columns, kept) if columns is not None and C <= LONGEST_ROW else (None, None, None)
+    fills = of_columns[0] is not None
     if R == 0:
         return fills
     if format == "fp8_rowwise":
-        of_columns = (amax, groups, kept) if fills else (None, groups, None)
         launch_rows_fp8(x, strides, data, scale, *of_columns, R, P, C, programs, gated)
         return fills
     launch_rows_blocks(x, strides, R, P, C, format, data, scale, map, gated)
@@ -110,16 +108,15 @@ def quantize_tokens(
         data: e4m3 [C, Mp], written whole.
         scale: float32 [G, C] ("fp8_rowwise") or [C, Mp/128] ("fp8_blockwise", any strides), or E8M0 [C, Mp/32], or in
             tiles, [ceil(C/128), Mp/128, 512]; written whole.
-        amax: int32 [G, C] scratch, for "fp8_rowwise".
-        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
-        amax_is_known: `amax` holds the bits of each column's largest magnitude (`columns` of `quantize_rows`).
+        amax: for "fp8_rowwise", int32 [G, C] scratch, zeros.
+        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.prepare`).
+        amax_is_known: `amax` holds instead the bits of each column's largest magnitude (`columns` of `quantize_rows`).
         gated: x [M, 2C] stands for its SwiGLU [M, C].
     """
     (C, Mp), M, G, x = data.shape, x.shape[0], groups.shape[0] - 1, x.unsqueeze(0)
     map = tiles, groups, Mp // TOKEN_TILE
     if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
-        zero(amax)
         launch_columns_amax(x, G, M, C, amax, *map, gated)
     tiled = in_tiles(data, scale)
     if format == "fp8_blockwise":
@@ -136,6 +133,9 @@ def quantize_weights(
     scale: torch.Tensor | None,
     amax: torch.Tensor | None,
     programs: int,
+    *,
+    amax_is_known: bool = False,
+    columns: torch.Tensor | None = None,
 ) -> None:
     """Quantize `b` [G, P, C] (bf16 or fp32, any strides) along C, a multiple of 16. For B [G, K, N]: axis "N" is
     `b = B`, axis "K" is `b = B.mT`.
@@ -148,8 +148,11 @@ def quantize_weights(
             axis (1 or 2) in which b is.
         scale: float32 [G, P] ("fp8_rowwise") or [G, ceil(P/128), ceil(C/128)] ("fp8_blockwise"), or E8M0
             [G, P, ceil(C/32)], or in tiles, [G, ceil(P/128), ceil(C/128), 512], written whole; None with bf16 `data`.
-        amax: int32 [G, P] scratch, for "fp8_rowwise".
+        amax: for "fp8_rowwise" with axis 1 contiguous, int32 [G, P] scratch, zeros.
         programs: the number of multiprocessors.
+        amax_is_known: `amax` holds instead the bits of each row's largest magnitude (`columns` of the other axis).
+        columns: for "fp8_rowwise" with axis 2 contiguous and C up to LONGEST_ROW, int32 [G, C]: of zeros, or of what
+            another b with the same columns has left, receives the bits of each column's largest magnitude.
     """
     parts = [b] if isinstance(b, torch.Tensor) else b
     (G, P, C), total = parts[0].shape, data.shape[2]
@@ -157,7 +160,7 @@ def quantize_weights(
     if parts[0].stride(2) == 1:
         assert len(parts) == 1, f"strides {parts[0].stride()}: several b have axis 1 contiguous"
         if format != "fp8_blockwise":
-            quantize_rows(parts[0], format, data, scale, programs)
+            quantize_rows(parts[0], format, data, scale, programs, None if columns is None else (columns, None))
             return
         launch(
             square_blocks, (G * cdiv(P, FP8_BLOCK) * cdiv(C, FP8_BLOCK),),
@@ -165,9 +168,9 @@ def quantize_weights(
             BLOCK=FP8_BLOCK, HARDWARE=hardware(parts[0]), num_warps=SQUARE_WARPS,
         )  # fmt: skip
         return
-    if format == "fp8_rowwise":
+    assert columns is None, f"strides {parts[0].stride()}: columns are found where axis 2 is contiguous"
+    if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
-        zero(amax)
         for part in parts:
             launch_columns_amax(part.mT, G, C, P, amax, None, None, tiles)
     block = SCALE_BLOCKS.get(format, total)

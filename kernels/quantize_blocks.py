@@ -237,7 +237,7 @@ def quantize_tokens_straight(
         format: "mxfp8_rceil" or "mxfp8_floor".
         data: e4m3 [M, C], or bf16 that receives data * scale. Rows of no group are left as they are.
         scale: E8M0 [Mp/32, C], written whole: the transpose of `quantize_tokens`'s; None with bf16 `data`.
-        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.map_tiles`).
+        tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.prepare`).
         gated: x [M, 2C] stands for its SwiGLU [M, C].
     """
     (M, C), G = data.shape, groups.shape[0] - 1

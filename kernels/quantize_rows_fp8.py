@@ -24,21 +24,26 @@ def _rows_fp8(
 ):  # fmt: skip
     """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
     in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
-    the rows that have a group; the others are left out. What was read goes to kept_ptr, if there is one."""
+    the rows that have a group; the others are left out. Without groups_ptr a matrix is a group. What was read goes to
+    kept_ptr, if there is one."""
+    RAGGED: tl.constexpr = groups_ptr is not None
     rows = R
-    if AMAX:
+    if RAGGED:
         rows = tl.load(groups_ptr + G * 4)
     first = (tl.program_id(0).to(tl.int64) * rows // tl.num_programs(0)).to(tl.int32)
     end = ((tl.program_id(0) + 1).to(tl.int64) * rows // tl.num_programs(0)).to(tl.int32)
-    group = 0
-    if AMAX:
+    group = first // P
+    if RAGGED:
+        group = 0
         for some in range(0, G, 128):
             lane = some + tl.arange(0, 128)
             group += tl.sum((tl.load(groups_ptr + lane * 4 + 1, lane < G, 0x7FFFFFFF) <= first).to(tl.int32))
     while first < end:
         last = end
-        if AMAX:
+        if RAGGED:
             last = tl.minimum(end, tl.load(groups_ptr + group * 4 + 1))
+        elif AMAX:
+            last = tl.minimum(end, (group + 1) * P)
         if first < last:
             _rows_fp8_run(
                 x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr,

@@ -4,7 +4,7 @@ M tokens, K contraction of the forward, N output features, G groups, Mp padded t
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,6 +19,7 @@ try:
     import triton  # noqa: F401
 
     from xmoe.kernels import tiles, tuning
+    from xmoe.kernels.quantize import LONGEST_ROW
 
     HAS_TRITON = True
 except ImportError:
@@ -78,6 +79,12 @@ def device_of(type: str, index: int | None = None) -> Device:
 def saves_input(config: GroupedMMConfig) -> bool:
     """Whether the backward takes A itself (its wgrad is in bf16) instead of A's quantized wgrad operand."""
     return config.wgrad_with_hp or config.format == "bf16"
+
+
+def finds_maxima(config: GroupedMMConfig, impl: Implementation, row: int) -> bool:
+    """Whether quantizing rows of so many elements finds at no cost the maxima of their columns, which quantizing the
+    columns needs."""
+    return config.format == "fp8_rowwise" and impl.gemm != "emulated" and row <= LONGEST_ROW
 
 
 # --------------------------------------------------------------------------------------------------------------- specs
@@ -154,24 +161,51 @@ def token_map(tile: int, p: Problem) -> dict[str, TensorSpec]:
     }
 
 
-def forward_outputs(p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool):
+def map_tiles(names: Iterable[str]) -> list[int]:
+    """The tokens of the tiles whose maps are among the `names` of tensors."""
+    return [int(name.removeprefix("tiles_")) for name in names if name.startswith("tiles_")]
+
+
+def is_map(name: str) -> bool:
+    """Whether a tensor of that name belongs to a `token_map`."""
+    return name.startswith(("tiles_", "groups_"))
+
+
+def with_maps(spec: Spec, like: Spec, p: Problem) -> dict[str, TensorSpec]:
+    """The scratch of `spec`, which is that of p, with maps of other tiles: those of `like`."""
+    rest = {name: tensor for name, tensor in spec.scratch.items() if not is_map(name)}
+    return rest | {name: tensor for tile in map_tiles(like.scratch) for name, tensor in token_map(tile, p).items()}
+
+
+def forward_outputs(
+    p: Problem, config: GroupedMMConfig, impl: Implementation, save_tokens: bool, save_amax: bool = False
+) -> dict[str, TensorSpec]:
     """``out`` [M, N]; with `save_tokens`, unless `saves_input(config)`, the wgrad operand of A: ``a_tokens`` and
     ``a_tokens_scale``: e4m3 [K, Mp] and float32 [G, K] or [K, Mp/128] (`warp_specialized`: [Mp/128, K]) or E8M0
     [K, Mp/32] (`scale_tiles`: [ceil(K/128), Mp/128, 512]), or, where the implementation keeps tokens straight, e4m3
-    [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives until the backward."""
-    out = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
-    if not save_tokens or saves_input(config):
-        return out
-    return out | _tokens("a_tokens", p.K, p, config, impl)
+    [M, K] and E8M0 [Mp/32, K]. In 8 bits whatever the wgrad multiplies: that is what lives until the backward. With
+    `save_amax`, of weights that come with K contiguous, where `finds_maxima`: ``b_amax`` int32 [G, K], which spares the
+    backward a pass over the weights."""
+    outputs = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
+    if save_tokens and not saves_input(config):
+        outputs |= _tokens("a_tokens", p.K, p, config, impl)
+    if save_amax and finds_maxima(config, impl, p.K):
+        outputs["b_amax"] = TensorSpec((p.G, p.K), "int32")
+    return outputs
 
 
 @lru_cache(maxsize=4096)
 def forward_spec(
-    problem: Problem, config: GroupedMMConfig, device: Device, save_tokens: bool = True, prepared: bool = False
+    problem: Problem,
+    config: GroupedMMConfig,
+    device: Device,
+    save_tokens: bool = True,
+    prepared: bool = False,
+    save_amax: bool = False,
 ) -> Spec:
-    """Outputs: `forward_outputs`. `prepared`: the weights come so."""
+    """Outputs: `forward_outputs`. `prepared`: the weights come so, and have no maxima to save."""
     p, impl = problem, select(config, device)
-    spec = Spec(forward_outputs(p, config, impl, save_tokens))
+    spec = Spec(forward_outputs(p, config, impl, save_tokens, save_amax and not prepared))
     if impl.gemm == "emulated":
         return spec
     if "a_tokens" in spec.outputs:
@@ -179,6 +213,8 @@ def forward_spec(
     spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl))
     if not prepared:
         spec.scratch.update(weights_spec(p.N, p.K, p, config, impl))
+    if "b_amax" in spec.outputs:
+        spec.scratch.pop("b_amax")  # for weights that lie the other way round
     spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
     return spec
 
@@ -191,9 +227,10 @@ def backward_spec(
     need_dA: bool = True,
     need_dB: bool = True,
     prepared: bool = False,
+    amax_is_known: bool = False,
 ) -> Spec:
     """Outputs: ``dA`` [M, K] and ``dB`` [G, K, N], those needed, in the dtypes of A and B. The gradient of the output
-    comes in `problem.out_dtype`."""
+    comes in `problem.out_dtype`. `amax_is_known`: the forward's ``b_amax`` comes with the weights."""
     p, impl = problem, select(config, device)
     spec = Spec()
     if need_dA:
@@ -206,6 +243,8 @@ def backward_spec(
         spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl))
         if not prepared:
             spec.scratch.update(weights_spec(p.K, p.N, p, config, impl))
+        if amax_is_known:
+            spec.scratch.pop("b_amax", None)
         spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.a_dtype).rows, p))
     if need_dB:
         spec.scratch.update(token_map(TOKEN_TILE, p))

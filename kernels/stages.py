@@ -93,6 +93,8 @@ class _KernelCalls:
             pipeline.allocate(s.outputs | s.scratch, offs.device) for s in (forward, backward)
         )
         self._calls = [Call(problem, config, device, offs, tensors) for tensors in (self._forward, self._backward)]
+        for call, tensors in zip(self._calls, (self._forward, self._backward), strict=True):
+            call.prepare(problem.M, tensors)  # once: maxima found again are the same
 
     def rows(self, A: torch.Tensor) -> Written:
         return _written(lambda: [self._calls[0].rows("a", A)])
@@ -205,21 +207,12 @@ def prepared_gemm(config: GroupedMMConfig, A: torch.Tensor, B: torch.Tensor, off
             a.data, a.scale, b.data, b.scale, out, lambda: emulation.grouped_mm(a, b, offs, out=out)
         )  # fmt: skip
     scratch = pipeline.allocate(pipeline.forward_spec(problem, config, device, save_tokens=False).scratch, A.device)
-    call = _PreparedCall(problem, config, device, offs, scratch)
-    rows = call.rows("a", A)
-    call.prepared = Call.weights(call, B.mT)
+    call = Call(problem, config, device, offs, scratch)
+    call.prepare(problem.M, scratch)
+    rows, weights = call.rows("a", A), pipeline.Prepared(*call.weights(B.mT))
 
     def launch() -> None:
-        call.mapped.clear()  # the tile map is part of every call
-        call.grouped_mm(rows, B.mT, out)
+        call.prepare(problem.M, scratch)  # part of every call
+        call.grouped_mm(rows, weights, out)
 
-    return PreparedGemm(*rows, *call.prepared, out, launch)
-
-
-class _PreparedCall(Call):
-    """A call whose weights are quantized already."""
-
-    prepared: tuple[torch.Tensor, torch.Tensor | None]
-
-    def weights(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.prepared
+    return PreparedGemm(*rows, *weights, out, launch)

@@ -82,7 +82,7 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
 
         def launch(t: GemmTiles) -> None:
             token_tiles = torch.empty(tiles.max_tiles(M, G, t.rows), 4, dtype=torch.int32, device="cuda")
-            tiles.map_tiles(offs, M, t.rows, token_tiles, groups)
+            tiles.prepare(offs, M, {t.rows: (token_tiles, groups)})
             args = a, a_scale, b, b_scale, token_tiles, groups, out, t, programs
             if warp_specialized:
                 grouped_gemm_hopper.grouped_mm(*args)
@@ -96,7 +96,7 @@ def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> 
     a_scale, b_scale = (scales(G, C, C=0) if element == "fp8" else scales(C, C=Mp, blocks_first=True) for C in (N, K))
     out = torch.empty(G, N, K, dtype=out_dtype, device="cuda")
     token_tiles = torch.empty(tiles.max_tiles(M, G, TOKEN_TILE), 4, dtype=torch.int32, device="cuda")
-    tiles.map_tiles(offs, M, TOKEN_TILE, token_tiles, groups)
+    tiles.prepare(offs, M, {TOKEN_TILE: (token_tiles, groups)})
 
     def launch_tokens(t: GemmTiles) -> None:
         args = a, a_scale, b, b_scale, groups, out, t, programs

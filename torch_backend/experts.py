@@ -27,12 +27,14 @@ from xmoe.torch_backend.ops import (
     allocate,
     arena,
     as_torch,
-    backward_op,
+    backward,
     check_offsets,
+    direct,
     fake_implementation,
     layout,
     pack,
     unpack,
+    unseen,
 )
 from xmoe.torch_backend.weight_cache import cached
 
@@ -75,7 +77,10 @@ def swiglu_experts_by_key(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: T
         return grouped_mm_by_key(h, w2.mT, offs, config_key)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3))
     prepared = cached(lambda: _prepare(x, w1, w2, w3, offs, config_key), (config_key, x.dtype), w1, w2, w3) or ()
-    return torch.ops.xmoe.swiglu_experts_forward.default(x, w1, w2, w3, offs, config_key, save, *prepared)[0]
+    op = torch.ops.xmoe.swiglu_experts_forward.default
+    if unseen(x, w1, w2, w3, offs):
+        op = swiglu_experts_with_autograd
+    return op(x, w1, w2, w3, offs, config_key, save, *prepared)[0]
 
 
 def _prepare(
@@ -164,7 +169,7 @@ def _experts(
 @lru_cache(maxsize=4096)
 def _plan(
     stage: str, M: int, w1_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, device: torch.device,
-    key: str, save: bool = True, prepared: bool = False,
+    key: str, save: bool = True, prepared: bool = False, amax_is_known: bool = False,
 ) -> _Plan:  # fmt: skip
     config = config_from_key(key)
     e = _experts(M, w1_shape, x_dtype, w_dtype, config)
@@ -172,7 +177,7 @@ def _plan(
     if stage == "forward":
         spec = experts.forward_spec(e, config, view, save, prepared)
     elif stage == "dgrad":
-        spec = experts.dgrad_spec(e, config, view, prepared)
+        spec = experts.dgrad_spec(e, config, view, prepared, amax_is_known)
     else:
         spec = experts.wgrad_spec(e, config, view)
     outputs = as_torch(spec.outputs)
@@ -187,12 +192,13 @@ def _plan(
 
 LIBRARY.define(
     "swiglu_experts_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor offs, str config_key, bool save, "
-    "Tensor[]? prepared=None, Tensor[]? prepared_dgrad=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor[]? prepared=None, Tensor[]? prepared_dgrad=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "swiglu_experts_dgrad(Tensor(a!) dh, Tensor(b!) gate_up, Tensor w1, Tensor w3, Tensor offs, str config_key, "
-    "bool need_dx, Tensor[]? prepared=None) -> (Tensor, Tensor)",
+    "bool need_dx, Tensor[]? prepared=None, Tensor? w13_amax=None) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
@@ -202,7 +208,7 @@ LIBRARY.define(
 )
 LIBRARY.define("swiglu(Tensor gate_up) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
-_SAVED = ("gate_up", "x_tokens", "x_tokens_scale", "h_tokens", "h_tokens_scale")
+_SAVED = ("gate_up", "x_tokens", "x_tokens_scale", "h_tokens", "h_tokens_scale", "w13_amax", "w2_amax")
 
 
 @torch.library.impl(LIBRARY, "swiglu_experts_forward", "CompositeExplicitAutograd")
@@ -218,7 +224,7 @@ def swiglu_experts_forward(
     prepared: Sequence[Tensor] | None = None,
     prepared_dgrad: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """``(out [M, D], gate_up [M, 2H], x_tokens, x_tokens_scale, h_tokens, h_tokens_scale)``
+    """``(out [M, D], gate_up [M, 2H], x_tokens, x_tokens_scale, h_tokens, h_tokens_scale, w13_amax, w2_amax)``
     (``experts.forward_outputs``); empty [0] those that `save` or the config does not ask for.
 
     ``prepared`` are w1, w2 and w3 quantized for the forward, ``prepared_dgrad`` w2 and w1 with w3 for the backward
@@ -243,12 +249,20 @@ def _unpack(tensors: Sequence[Tensor], operands: int) -> list[Any]:
 
 @torch.library.register_fake("xmoe::swiglu_experts_forward", lib=LIBRARY)
 def _(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, save: bool, *prepared: Any
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    offs: Tensor,
+    config_key: str,
+    save: bool,
+    prepared: Sequence[Tensor] | None = None,
+    prepared_dgrad: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     _check(*_arguments(x, w1, w2, w3, offs))
     config = config_from_key(config_key)
     e = _experts(x.shape[0], w1.shape, x.dtype, w1.dtype, config)
-    specs = experts.forward_outputs(e, config, fake_implementation(config, x.device), save)
+    specs = experts.forward_outputs(e, config, fake_implementation(config, x.device), save, bool(prepared))
     outputs = allocate(as_torch(specs), x.device)
     return outputs["out"], *(outputs[name] if name in outputs else x.new_empty(0) for name in _SAVED)
 
@@ -264,17 +278,19 @@ def swiglu_experts_dgrad(
     config_key: str,
     need_dx: bool,
     prepared: Sequence[Tensor] | None = None,
+    w13_amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(dx [M, D], amax)``, empty [0] without `need_dx`. gate_up [M, 2H] becomes its gradient, dh [M, H] scratch."""
-    prepared_too = bool(prepared)
-    plan = _plan("dgrad", dh.shape[0], w1.shape, dh.dtype, w1.dtype, dh.device, config_key, prepared=prepared_too)
+    """``(dx [M, D], amax)``, empty [0] without `need_dx`. gate_up [M, 2H] becomes its gradient, dh [M, H] scratch.
+    ``w13_amax``: the forward's, of the same values of w1 and w3, or nothing."""
+    flags = {"prepared": bool(prepared), "amax_is_known": w13_amax is not None}
+    plan = _plan("dgrad", dh.shape[0], w1.shape, dh.dtype, w1.dtype, dh.device, config_key, **flags)
     if not need_dx:
         experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, (w1, w3), offs, {}, {})
         return dh.new_empty(0), dh.new_empty(0)
     outputs, dh = allocate(plan.outputs, dh.device), dh.contiguous()
     scratch = {} if plan.scratch is None else pipeline.Arena(plan.scratch, dh.device, {"d": dh} if plan.d_in_dh else {})
     w13 = unpack(prepared) if prepared else [aligned(w.contiguous()) for w in (w1, w3)]
-    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w13, offs.contiguous(), outputs, scratch)
+    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w13, offs.contiguous(), outputs, scratch, w13_amax)
     return outputs["dx"], outputs["amax"] if "amax" in outputs else dh.new_empty(0)
 
 
@@ -339,6 +355,7 @@ def _(gate_up: Tensor) -> Tensor:
 _forward_op = torch.ops.xmoe.swiglu_experts_forward.default
 _dgrad_op = torch.ops.xmoe.swiglu_experts_dgrad.default
 _wgrad_op = torch.ops.xmoe.swiglu_experts_wgrad.default
+_swiglu_op = torch.ops.xmoe.swiglu.default
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -366,18 +383,21 @@ class _SwigluExperts(torch.autograd.Function):
         prepared: Sequence[Tensor] | None,
         prepared_dgrad: Sequence[Tensor] | None,
     ) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, gate_up, *tokens = _forward_op(x, w1, w2, w3, offs, config_key, True, prepared)
+        args = x, w1, w2, w3, offs, config_key, True, prepared
+        out, gate_up, *tokens, w13_amax, w2_amax = direct(_forward_op, swiglu_experts_forward, *args)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(gate_up, *tokens)
+        ctx.mark_non_differentiable(gate_up, *tokens, w13_amax, w2_amax)
         ctx.config_key, ctx.takes_input = config_key, pipeline.saves_input(config_from_key(config_key))
         need_x, need_h = ctx.needs_input_grad[1] or ctx.needs_input_grad[3], ctx.needs_input_grad[2]
         x_saved, h_saved = ((x,) if ctx.takes_input else tokens[:2]), (() if ctx.takes_input else tokens[2:])
-        ctx.prepared = tuple(prepared_dgrad or ())  # not saved tensors: their number must not depend on a cache
+        # Not saved tensors, whose number and shapes must not depend on a cache. The weights are saved, and autograd
+        # checks that nothing has changed them since.
+        ctx.prepared = tuple(prepared_dgrad or ())
+        ctx.w13_amax, ctx.w2_amax = (amax if amax.numel() else None for amax in (w13_amax, w2_amax))
         ctx.count = len(x_saved) * need_x
         activations = (*(x_saved if need_x else ()), *(h_saved if need_h else ()))
         ctx.save_for_backward(gate_up, w1, w2, w3, offs, *activations)
-        return out, gate_up, *tokens
+        return out, gate_up, *tokens, w13_amax, w2_amax
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -404,15 +424,16 @@ class _SwigluExperts(torch.autograd.Function):
         del saved
         key, need_dw13, dx, dw1, dw3 = ctx.config_key, need_dw1 or need_dw3, None, None, None
         if ctx.takes_input and need_dw2:
-            h_saved = [torch.ops.xmoe.swiglu.default(gate_up)]
+            h_saved = [direct(_swiglu_op, swiglu, gate_up)]
         need_dh = need_dx or need_dw13
-        dh, dw2 = backward_op(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2, of_w2)
+        dh, dw2 = backward(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2, of_w2, ctx.w2_amax)
         del h_saved
         if need_dh:
-            dx, amax = _dgrad_op(dh, gate_up, w1, w3, offs, key, need_dx, of_w13)
-            del dh
+            args = dh, gate_up, w1, w3, offs, key, need_dx, of_w13, ctx.w13_amax
+            dx, amax = direct(_dgrad_op, swiglu_experts_dgrad, *args)
+            del dh, args
             if need_dw13:
-                dw1, dw3 = _wgrad_op(gate_up, amax, x_saved, w1, offs, key)
+                dw1, dw3 = direct(_wgrad_op, swiglu_experts_wgrad, gate_up, amax, x_saved, w1, offs, key)
         return (
             dx if need_dx else None, dw1 if need_dw1 else None, dw2.mT if need_dw2 else None,
             dw3 if need_dw3 else None, None, None, None, None,
@@ -421,7 +442,7 @@ class _SwigluExperts(torch.autograd.Function):
 
 @torch.library.impl(LIBRARY, "swiglu_experts_forward", "Autograd")
 @torch._disable_dynamo
-def _(
+def swiglu_experts_with_autograd(
     x: Tensor,
     w1: Tensor,
     w2: Tensor,

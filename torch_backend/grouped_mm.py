@@ -54,7 +54,10 @@ def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> 
     """`scaled_grouped_mm` with the config as its key, the form that the ops carry."""
     save_tokens = B_t.requires_grad and torch.is_grad_enabled()
     prepared = cached(lambda: _prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
-    return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
+    op = torch.ops.xmoe.grouped_mm_forward.default
+    if ops.unseen(A, B_t, offs):
+        op = ops.grouped_mm_with_autograd
+    return op(A, B_t, offs, config_key, save_tokens, *prepared)[0]
 
 
 def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -67,8 +70,7 @@ def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[lis
     view = pipeline.device_of(B_t.device.type, B_t.device.index)
     G, K, N = B_t.shape
     problem = pipeline.Problem(0, N, K, G, ops.DTYPES[A.dtype], ops.DTYPES[B_t.dtype])
-    B = ops.aligned(B_t)
-    along_k, along_n = (pipeline.prepare_weights(problem, config, view, b) for b in (B.mT, B))
+    along_k, along_n = pipeline.prepare_both(problem, config, view, ops.aligned(B_t))
     return ops.pack(along_k), ops.pack(along_n)
 
 

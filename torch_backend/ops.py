@@ -9,7 +9,7 @@ plain ``torch.library.Library``: without its kernels a forward takes 24 us of ho
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,12 +29,12 @@ Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 LIBRARY = torch.library.Library("xmoe", "FRAGMENT")  # its registrations live as long as it does
 LIBRARY.define(
     "grouped_mm_forward(Tensor A, Tensor B, Tensor offs, str config_key, bool save_tokens, Tensor[]? prepared=None, "
-    "Tensor[]? prepared_dgrad=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor[]? prepared_dgrad=None, bool save_amax=False) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "grouped_mm_backward(Tensor dOut, Tensor[] A_saved, Tensor B, Tensor offs, str config_key, ScalarType A_dtype, "
-    "bool need_dA, bool need_dB, Tensor[]? prepared=None) -> (Tensor, Tensor)",
+    "bool need_dA, bool need_dB, Tensor[]? prepared=None, Tensor? b_amax=None) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -114,6 +114,30 @@ def check_offsets(offs: Tensor, M: int) -> None:
             raise ValueError(f"offs[{g}]={end} is less than offs[{g - 1}]={start}; give cumulative sums of group sizes")
 
 
+# ---------------------------------------------------------------------------------------------------------- dispatch
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unseen(*tensors: Tensor) -> bool:
+    """Whether a call of an op on `tensors` is seen by nobody but its implementation: no compiler, mode (tracing,
+    selective checkpointing), transform or tensor subclass. It may then be made without the dispatcher, which takes 6 us
+    to get from Python to Python."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in _PLAIN for x in tensors)
+    )
+
+
+def direct(op: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:
+    """``op(*args)``, inside an autograd function: the call of its `implementation` where it is `unseen` and nobody asks
+    for the derivative of a derivative."""
+    plain = not torch.is_grad_enabled() and unseen(*(x for x in args if isinstance(x, Tensor)))
+    return implementation(*args) if plain else op(*args)
+
+
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
@@ -129,12 +153,13 @@ def _forward_plan(
     key: str,
     save_tokens: bool,
     prepared: bool,
+    save_amax: bool,
 ) -> _Plan:
     check_signature(A_shape, A_dtype, B_shape, B_dtype, offs_shape, offs_dtype, devices)
     config = config_from_key(key)
     problem = _problem(A_shape[0], B_shape, A_dtype, B_dtype, _out_dtype(config, A_dtype))
     view = pipeline.device_of(devices[0].type, devices[0].index)
-    spec = pipeline.forward_spec(problem, config, view, save_tokens, prepared)
+    spec = pipeline.forward_spec(problem, config, view, save_tokens, prepared, save_amax)
     return _Plan(problem, config, view, as_torch(spec.outputs), layout(spec))
 
 
@@ -159,9 +184,10 @@ def grouped_mm_forward(
     save_tokens: bool,
     prepared: Sequence[Tensor] | None = None,
     prepared_dgrad: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out [M, N], a_tokens, a_tokens_scale)`` (``pipeline.forward_outputs``); the last two are empty [0] unless
-    `save_tokens` made them.
+    save_amax: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(out [M, N], a_tokens, a_tokens_scale, b_amax)`` (``pipeline.forward_outputs``); empty [0] those that were not
+    made.
 
     Args:
         A: bf16 or fp32 [M, K].
@@ -170,19 +196,26 @@ def grouped_mm_forward(
         config_key: ``GroupedMMConfig.to_key()``.
         save_tokens: also quantize A for the weight gradient. Ignored by configs whose wgrad takes A itself.
         prepared, prepared_dgrad: B quantized along K and along N (`pack`), or nothing. The second is for autograd.
+        save_amax: also find the maxima that quantizing B along N needs, if they come at no cost: not of a B that is
+            prepared or has N contiguous. Autograd asks for them where A needs a gradient.
     """
     plan = _forward_plan(
         A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, (A.device, B.device, offs.device), config_key,
-        save_tokens, bool(prepared),
+        save_tokens, bool(prepared), save_amax and k_is_contiguous(B),
     )  # fmt: skip
     if plan.config.debug:
         check_offsets(offs, A.shape[0])
     outputs, scratch = allocate(plan.outputs, A.device), arena(plan.scratch, A.device)
     A, b, offs = aligned(A.contiguous()), unpack(prepared) if prepared else aligned(B), offs.contiguous()
     pipeline.forward(plan.problem, plan.config, plan.view, A, b, offs, outputs, scratch)
-    if "a_tokens" in outputs:
-        return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
-    return outputs["out"], A.new_empty(0), A.new_empty(0)
+    return _returned(outputs, A)
+
+
+_RETURNED = ("out", "a_tokens", "a_tokens_scale", "b_amax")
+
+
+def _returned(outputs: dict[str, Tensor], A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(outputs[name] if name in outputs else A.new_empty(0) for name in _RETURNED)  # type: ignore[return-value]
 
 
 def pack(prepared: pipeline.Prepared) -> list[Tensor]:
@@ -196,14 +229,23 @@ def unpack(tensors: Sequence[Tensor]) -> pipeline.Prepared:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a contiguous copy of an x that TMA cannot read as it lies.
+    """x, or a contiguous copy (of the same axis) of an x that TMA cannot read as it lies.
 
     It can where one of the last two axes is contiguous and the first byte and the other strides are multiples of 16
     bytes (CUDA driver API, ``cuTensorMapEncodeTiled``); a stride of 0, of an expanded axis, is none.
     """
     strides, multiple = x.stride(), _TMA_BYTES // x.element_size()
     fits = 1 in strides[-2:] and strides.count(1) == 1 and all(s == 1 or (s > 0 and s % multiple == 0) for s in strides)
-    return x if fits and x.data_ptr() % _TMA_BYTES == 0 else x.clone(memory_format=torch.contiguous_format)
+    if fits and x.data_ptr() % _TMA_BYTES == 0:
+        return x
+    if x.ndim == 3 and k_is_contiguous(x):
+        return x.mT.clone(memory_format=torch.contiguous_format).mT
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def k_is_contiguous(B: Tensor) -> bool:
+    """Whether K is the contiguous axis of B [G, K, N]; and of `aligned(B)`."""
+    return B.stride(1) == 1 != B.stride(2)
 
 
 def fake_implementation(config: GroupedMMConfig, device: torch.device) -> Implementation:
@@ -215,17 +257,23 @@ def fake_implementation(config: GroupedMMConfig, device: torch.device) -> Implem
 
 @torch.library.register_fake("xmoe::grouped_mm_forward", lib=LIBRARY)
 def _(
-    A: Tensor, B: Tensor, offs: Tensor, config_key: str, save_tokens: bool, *prepared: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    A: Tensor,
+    B: Tensor,
+    offs: Tensor,
+    config_key: str,
+    save_tokens: bool,
+    prepared: Sequence[Tensor] | None = None,
+    prepared_dgrad: Sequence[Tensor] | None = None,
+    save_amax: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     devices = (A.device, B.device, offs.device)
     check_signature(A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, devices)
     config = config_from_key(config_key)
     problem = _problem(A.shape[0], B.shape, A.dtype, B.dtype, _out_dtype(config, A.dtype))
     implementation = fake_implementation(config, A.device)
-    outputs = allocate(as_torch(pipeline.forward_outputs(problem, config, implementation, save_tokens)), A.device)
-    if "a_tokens" in outputs:
-        return outputs["out"], outputs["a_tokens"], outputs["a_tokens_scale"]
-    return outputs["out"], A.new_empty(0), A.new_empty(0)
+    save_amax = save_amax and not prepared and k_is_contiguous(B)
+    specs = pipeline.forward_outputs(problem, config, implementation, save_tokens, save_amax)
+    return _returned(allocate(as_torch(specs), A.device), A)
 
 
 # ---------------------------------------------------------------------------------------------------------- backward
@@ -243,11 +291,12 @@ def _backward_plan(
     need_dA: bool,
     need_dB: bool,
     prepared: bool,
+    amax_is_known: bool,
 ) -> _Plan:
     config = config_from_key(key)
     problem = _problem(M, B_shape, A_dtype, B_dtype, DTYPES[dOut_dtype])
     view = pipeline.device_of(device.type, device.index)
-    spec = pipeline.backward_spec(problem, config, view, need_dA, need_dB, prepared)
+    spec = pipeline.backward_spec(problem, config, view, need_dA, need_dB, prepared, amax_is_known)
     return _Plan(problem, config, view, as_torch(spec.outputs), layout(spec))
 
 
@@ -269,6 +318,7 @@ def grouped_mm_backward(
     need_dA: bool,
     need_dB: bool,
     prepared: Sequence[Tensor] | None = None,
+    b_amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(dA [M, K], dB [G, K, N])``, empty [0] where not needed. dB has the memory layout of B.
 
@@ -279,11 +329,13 @@ def grouped_mm_backward(
         B, offs, config_key: as in the forward.
         A_dtype: of A and dA.
         prepared: B quantized along N (`pack`), or nothing.
+        b_amax: the forward's, of the same values of B, or nothing.
     """
     device = dOut.device
     plan = _backward_plan(
-        dOut.shape[0], dOut.dtype, A_dtype, B.shape, B.dtype, device, config_key, need_dA, need_dB, bool(prepared)
-    )
+        dOut.shape[0], dOut.dtype, A_dtype, B.shape, B.dtype, device, config_key, need_dA, need_dB, bool(prepared),
+        b_amax is not None,
+    )  # fmt: skip
     outputs = {
         name: _empty_dB(B) if name == "dB" else torch.empty(shape, dtype=dtype, device=device)
         for name, shape, dtype in plan.outputs
@@ -293,7 +345,7 @@ def grouped_mm_backward(
     saved = tuple(A_saved)
     if pipeline.saves_input(plan.config):
         saved = tuple(aligned(A.contiguous()) for A in saved)
-    pipeline.backward(plan.problem, plan.config, plan.view, dOut, saved, b, offs, outputs, scratch)
+    pipeline.backward(plan.problem, plan.config, plan.view, dOut, saved, b, offs, outputs, scratch, b_amax)
     return (
         outputs["dA"] if need_dA else dOut.new_empty(0, dtype=A_dtype),
         outputs["dB"] if need_dB else B.new_empty(0),
@@ -311,6 +363,7 @@ def _(
     need_dA: bool,
     need_dB: bool,
     prepared: Sequence[Tensor] | None = None,
+    b_amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dA_shape = (dOut.shape[0], B.shape[1]) if need_dA else (0,)
     return dOut.new_empty(dA_shape, dtype=A_dtype), _empty_dB(B) if need_dB else B.new_empty(0)
@@ -320,7 +373,12 @@ def _(
 
 
 _forward_op = torch.ops.xmoe.grouped_mm_forward.default
-backward_op = torch.ops.xmoe.grouped_mm_backward.default
+_backward_op = torch.ops.xmoe.grouped_mm_backward.default
+
+
+def backward(*args: Any) -> tuple[Tensor, Tensor]:
+    """`grouped_mm_backward`, inside an autograd function."""
+    return direct(_backward_op, grouped_mm_backward, *args)
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -334,18 +392,20 @@ class _GroupedMM(torch.autograd.Function):
         save_tokens: bool,
         prepared: Sequence[Tensor] | None,
         prepared_dgrad: Sequence[Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, a_tokens, a_tokens_scale = _forward_op(A, B, offs, config_key, save_tokens, prepared)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        args = A, B, offs, config_key, save_tokens, prepared, None, ctx.needs_input_grad[0]
+        out, a_tokens, a_tokens_scale, b_amax = direct(_forward_op, grouped_mm_forward, *args)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(a_tokens, a_tokens_scale)
+        ctx.mark_non_differentiable(a_tokens, a_tokens_scale, b_amax)
         ctx.config_key, ctx.A_dtype = config_key, A.dtype
         A_saved = ()
         if ctx.needs_input_grad[1]:
             A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
-        ctx.prepared = tuple(prepared_dgrad or ())  # not saved tensors: their number must not depend on a cache
+        # Not saved tensors, whose number and shapes must not depend on a cache. B is saved, and autograd checks that
+        # nothing has changed it since.
+        ctx.prepared, ctx.b_amax = tuple(prepared_dgrad or ()), b_amax if b_amax.numel() else None
         ctx.save_for_backward(B, offs, *A_saved)
-        return out, a_tokens, a_tokens_scale
+        return out, a_tokens, a_tokens_scale, b_amax
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -354,7 +414,9 @@ class _GroupedMM(torch.autograd.Function):
         if dOut is None or not (need_dA or need_dB):
             return (None,) * 7
         B, offs, *A_saved = ctx.saved_tensors
-        dA, dB = backward_op(dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB, ctx.prepared)
+        dA, dB = backward(
+            dOut, A_saved, B, offs, ctx.config_key, ctx.A_dtype, need_dA, need_dB, ctx.prepared, ctx.b_amax
+        )
         return dA if need_dA else None, dB if need_dB else None, None, None, None, None, None
 
 
@@ -362,7 +424,7 @@ class _GroupedMMBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A_saved: Sequence[Tensor], rest: tuple[Any, ...], dOut: Tensor, B: Tensor) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return backward_op(dOut, A_saved, B, *rest)
+            return _backward_op(dOut, A_saved, B, *rest)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -371,7 +433,7 @@ class _GroupedMMBackward(torch.autograd.Function):
 
 @torch.library.impl(LIBRARY, "grouped_mm_forward", "Autograd")
 @torch._disable_dynamo
-def _(
+def grouped_mm_with_autograd(
     A: Tensor,
     B: Tensor,
     offs: Tensor,
@@ -379,11 +441,12 @@ def _(
     save_tokens: bool,
     prepared: Sequence[Tensor] | None = None,
     prepared_dgrad: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    save_amax: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
         return _GroupedMM.apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(A, B, offs, config_key, save_tokens, prepared)
+        return _forward_op(A, B, offs, config_key, save_tokens, prepared, None, save_amax)
 
 
 @torch.library.impl(LIBRARY, "grouped_mm_backward", "Autograd")
@@ -392,4 +455,4 @@ def _(dOut: Tensor, A_saved: Sequence[Tensor], B: Tensor, *rest: Any) -> tuple[T
     if torch.is_grad_enabled() and (dOut.requires_grad or B.requires_grad):
         return _GroupedMMBackward.apply(A_saved, rest, dOut, B)
     with torch._C._AutoDispatchBelowAutograd():
-        return backward_op(dOut, A_saved, B, *rest)
+        return _backward_op(dOut, A_saved, B, *rest)

@@ -70,7 +70,9 @@ def test_what_the_forward_saves_is_the_wgrad_operand(fmt: str) -> None:
     A, B = jnp.asarray(values("poisoned", (100, 48))), jnp.ones((3, 48, 16))
     sizes = jnp.array([40, 0, 50], jnp.int32)
     static = make_plan(A, B, sizes, None, fmt, False, "bridge")
-    _, saved = jax.jit(functools.partial(bridge.forward, static, save=True))(A, B, jnp.cumsum(sizes, dtype=jnp.int32))
+    _, saved, _ = jax.jit(functools.partial(bridge.forward, static, save=True))(
+        A, B, jnp.cumsum(sizes, dtype=jnp.int32)
+    )
     want = emulation.quantize_tokens(torch.from_dlpack(A), torch.tensor([40, 40, 90], dtype=torch.int32), fmt)
     assert isinstance(want, QuantizedOperand)
     np.testing.assert_array_equal(bytes_of(saved[0]), bytes_of(want.data))

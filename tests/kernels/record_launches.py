@@ -43,15 +43,16 @@ def real_call(
     )
     B = B.mT.contiguous().mT if transposed else B
     offs = torch.full((p.G,), p.M, dtype=torch.int32)
-    spec = pipeline.forward_spec(p, config, view, save)
+    spec = pipeline.forward_spec(p, config, view, save, save_amax=transposed and needs[0])
     outputs = pipeline.allocate(spec.outputs, CPU)
     pipeline.forward(p, config, view, A, B, offs, outputs, pipeline.allocate(spec.scratch, CPU))
     saved = (outputs["a_tokens"], outputs["a_tokens_scale"]) if "a_tokens" in outputs else (A,)
-    spec = pipeline.backward_spec(p, config, view, *needs)
+    b_amax = outputs.get("b_amax")
+    spec = pipeline.backward_spec(p, config, view, *needs, amax_is_known=b_amax is not None)
     grads = pipeline.allocate(spec.outputs, CPU)
     if transposed and "dB" in grads:
         grads["dB"] = grads["dB"].view(p.G, p.N, p.K).mT
-    pipeline.backward(p, config, view, dOut, saved, B, offs, grads, pipeline.allocate(spec.scratch, CPU))
+    pipeline.backward(p, config, view, dOut, saved, B, offs, grads, pipeline.allocate(spec.scratch, CPU), b_amax)
 
 
 def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
@@ -71,12 +72,13 @@ def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
         experts.swiglu_into(outputs["gate_up"], h)
     else:
         h_saved, x_saved = ((outputs[f"{name}_tokens"], outputs[f"{name}_tokens_scale"]) for name in "hx")
-    grads, scratch = tensors(pipeline.backward_spec(e.output_problem, config, view))
+    w2_amax, w13_amax = outputs.get("w2_amax"), outputs.get("w13_amax")
+    grads, scratch = tensors(pipeline.backward_spec(e.output_problem, config, view, amax_is_known=w2_amax is not None))
     grads["dB"] = grads["dB"].view(e.G, e.D, e.H).mT
     dout = torch.zeros(e.M, e.D, dtype=out)
-    pipeline.backward(e.output_problem, config, view, dout, h_saved, w2.mT, offs, grads, scratch)
-    dx, scratch = tensors(experts.dgrad_spec(e, config, view))
-    experts.dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, dx, scratch)
+    pipeline.backward(e.output_problem, config, view, dout, h_saved, w2.mT, offs, grads, scratch, w2_amax)
+    dx, scratch = tensors(experts.dgrad_spec(e, config, view, amax_is_known=w13_amax is not None))
+    experts.dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, dx, scratch, w13_amax)
     dw, scratch = tensors(experts.wgrad_spec(e, config, view))
     experts.wgrad(e, config, view, outputs["gate_up"], dx.get("amax"), x_saved, offs, dw, scratch)
 

@@ -106,8 +106,9 @@ def grouped_mm(config: Any, view: Device, dtypes: tuple[str, str, str], stored: 
     """Forward and backward, on tensors of their own."""
     p = pipeline.Problem(1000, 64, 48, 8, *dtypes)
     A, B, dOut = tensor(dtypes[0], p.M, p.K), tensor(dtypes[1], p.G, p.K, p.N), tensor(dtypes[2], p.M, p.N)
-    forward = pipeline.forward_spec(p, config, view, prepared=prepared)
-    backward = pipeline.backward_spec(p, config, view, prepared=prepared)
+    forward = pipeline.forward_spec(p, config, view, prepared=prepared, save_amax=stored == "GNK")
+    known = "b_amax" in forward.outputs
+    backward = pipeline.backward_spec(p, config, view, prepared=prepared, amax_is_known=known)
     outputs, grads, offs = (
         pipeline.allocate(forward.outputs, CPU),
         pipeline.allocate(backward.outputs, CPU),
@@ -115,12 +116,13 @@ def grouped_mm(config: Any, view: Device, dtypes: tuple[str, str, str], stored: 
     )
     if stored == "GNK":
         B, grads["dB"] = B.mT.contiguous().mT, grads["dB"].view(p.G, p.N, p.K).mT
-    by_k, by_n = (pipeline.prepare_weights(p, config, view, b) for b in (B.mT, B)) if prepared else (B, B)
+    by_k, by_n = pipeline.prepare_both(p, config, view, B) if prepared else (B, B)
+    b_amax = outputs.get("b_amax")
     saved = (A,) if pipeline.saves_input(config) else (outputs["a_tokens"], outputs["a_tokens_scale"])
     scratch = scratch_of(forward, arena), scratch_of(backward, arena)
     return (
         lambda: pipeline.forward(p, config, view, A, by_k, offs, outputs, scratch[0]),
-        lambda: pipeline.backward(p, config, view, dOut, saved, by_n, offs, grads, scratch[1]),
+        lambda: pipeline.backward(p, config, view, dOut, saved, by_n, offs, grads, scratch[1], b_amax),
     )
 
 
@@ -147,9 +149,10 @@ def swiglu_experts(config: Any, view: Device, dtypes: tuple[str, str, str], _: s
     w13 = w1, w3
     if prepared:
         w1, w2, w3, _, w13 = experts.prepare_weights(e, config, view, w1, w2, w3)
+    forward = experts.forward_spec(e, config, view, prepared=prepared)
     specs = (
-        experts.forward_spec(e, config, view, prepared=prepared),
-        experts.dgrad_spec(e, config, view, prepared=prepared),
+        forward,
+        experts.dgrad_spec(e, config, view, prepared=prepared, amax_is_known="w13_amax" in forward.outputs),
         experts.wgrad_spec(e, config, view),
     )
     out, grads, dw = (pipeline.allocate(spec.outputs, CPU) for spec in specs)
@@ -160,7 +163,7 @@ def swiglu_experts(config: Any, view: Device, dtypes: tuple[str, str, str], _: s
     amax = grads.get("amax")
     return (
         lambda: experts.forward(e, config, view, x, w1, w2, w3, offs, out, scratch[0]),
-        lambda: experts.dgrad(e, config, view, dh, out["gate_up"], w13, offs, grads, scratch[1]),
+        lambda: experts.dgrad(e, config, view, dh, out["gate_up"], w13, offs, grads, scratch[1], out.get("w13_amax")),
         lambda: experts.wgrad(e, config, view, out["gate_up"], amax, saved, offs, dw, scratch[2]),
     )
 

@@ -50,14 +50,15 @@ class Run:
         got = {"out": out["out"], "gate_up": out["gate_up"].clone()}
 
         hidden = self.swiglu(out["gate_up"])
-        spec = pipeline.backward_spec(e.output_problem, config, device)
+        spec = pipeline.backward_spec(e.output_problem, config, device, amax_is_known="w2_amax" in out)
         grads, scratch = self._tensors(spec)
         saved = self._saved(hidden, out, "h")
-        pipeline.backward(e.output_problem, config, device, self.dout, saved, self.w2.mT, offs, grads, scratch)
+        of_w2, of_w13 = out.get("w2_amax"), out.get("w13_amax")
+        pipeline.backward(e.output_problem, config, device, self.dout, saved, self.w2.mT, offs, grads, scratch, of_w2)
         got |= {"dh": grads["dA"].clone(), "dw2": grads["dB"].mT}
 
-        dx, scratch = self._tensors(experts.dgrad_spec(e, config, device))
-        experts.dgrad(e, config, device, grads["dA"], out["gate_up"], (self.w1, self.w3), offs, dx, scratch)
+        dx, scratch = self._tensors(experts.dgrad_spec(e, config, device, amax_is_known=of_w13 is not None))
+        experts.dgrad(e, config, device, grads["dA"], out["gate_up"], (self.w1, self.w3), offs, dx, scratch, of_w13)
         got |= {"dx": dx["dx"], "d_gate_up": out["gate_up"]}
 
         for known in (True, False):

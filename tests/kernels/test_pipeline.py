@@ -35,8 +35,10 @@ class Run:
     """One forward and backward on poisoned outputs and scratch."""
 
     def __init__(
-        self, config, pattern, *, dtype=torch.bfloat16, stored="GKN", device=None, M=M, K=K, N=N, seed=0, where="cuda"
-    ):
+        self, config, pattern, *, dtype=torch.bfloat16, stored="GKN", device=None, M=M, K=K, N=N, seed=0, where="cuda",
+        save_amax=True,
+    ):  # fmt: skip
+        """`save_amax`: where weights that are stored so give them, their maxima go from the forward to the backward."""
         generator = torch.Generator().manual_seed(seed)
         draw = lambda *shape: torch.randn(shape, generator=generator).to(where, dtype)  # noqa: E731
         self.A, self.B, self.dOut = draw(M, K), draw(G, K, N), draw(M, N)
@@ -51,8 +53,13 @@ class Run:
         name = str(dtype).removeprefix("torch.")
         self.problem = pipeline.Problem(M, N, K, G, name, name, config.out_dtype or name)
         self.device = device or pipeline.device_of("cuda", 0)
-        forward = pipeline.forward_spec(self.problem, config, self.device)
-        backward = pipeline.backward_spec(self.problem, config, self.device)
+        save_amax = save_amax and stored == "GNK"
+        forward = pipeline.forward_spec(self.problem, config, self.device, save_amax=save_amax)
+        known = "b_amax" in forward.outputs
+        assert known == (
+            save_amax and config.format == "fp8_rowwise" and select(config, self.device).gemm != "emulated"
+        )
+        backward = pipeline.backward_spec(self.problem, config, self.device, amax_is_known=known)
         self.outputs, self.scratch = poisoned(forward.outputs, where), poisoned(forward.scratch, where)
         self.grads, self.grad_scratch = poisoned(backward.outputs, where), poisoned(backward.scratch, where)
         if stored == "GNK":
@@ -64,8 +71,9 @@ class Run:
         if not pipeline.saves_input(self.config):
             saved = (self.outputs["a_tokens"], self.outputs["a_tokens_scale"])
         pipeline.backward(
-            self.problem, self.config, self.device, self.dOut, saved, self.B, self.offs, self.grads, self.grad_scratch
-        )
+            self.problem, self.config, self.device, self.dOut, saved, self.B, self.offs, self.grads, self.grad_scratch,
+            self.outputs.get("b_amax"),
+        )  # fmt: skip
         return self.outputs["out"], self.grads["dA"], self.grads["dB"]
 
     def check(self):
@@ -127,6 +135,20 @@ def test_in_the_interpreter(recipe, pattern, stored, monkeypatch):
     run = Run(config_from_recipe(recipe), pattern, dtype=torch.float32, stored=stored,
               device=Device("cuda", (9, 0)), M=150, K=48, N=32, where="cpu")  # fmt: skip
     run.check()
+
+
+def test_maxima_from_the_forward_change_no_bit(backend, monkeypatch):
+    """They are what the backward would find, and it finds them no more."""
+    options = {"dtype": torch.bfloat16}
+    if not backend.hardware:
+        monkeypatch.setattr(call, "programs", lambda index: 3)
+        options = {"dtype": torch.float32, "device": Device("cuda", (9, 0)), "where": "cpu", "M": 70, "K": 48, "N": 32}
+    config = config_from_recipe("fp8_rowwise")
+    known, found = (Run(config, "short", stored="GNK", save_amax=flag, **options) for flag in (True, False))
+    for x, y in zip(known(), found(), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(known.outputs["b_amax"], found.grad_scratch["b_amax"])
+    assert "b_amax" not in {**known.scratch, **known.grad_scratch, **found.outputs}
 
 
 class Float64Gemm:

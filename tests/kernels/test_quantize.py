@@ -26,7 +26,7 @@ def token_map(offs: torch.Tensor, M: int, tile: int = TOKEN_TILE) -> tuple[torch
     G = offs.shape[0]
     token_tiles = torch.full((max(1, tiles.max_tiles(M, G, tile)), 4), -7, dtype=torch.int32, device=offs.device)
     groups = torch.full((G + 1, 4), -7, dtype=torch.int32, device=offs.device)
-    tiles.map_tiles(offs, M, tile, token_tiles, groups)
+    tiles.prepare(offs, M, {tile: (token_tiles, groups)})
     return token_tiles, groups
 
 
@@ -80,7 +80,7 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
     x = to_kernel(awkward(M, 80).to(dtype), backend)
     expected = oracle.quantize_tokens(arrays(x), offs.numpy(), fmt)
     data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
-    amax = torch.full((len(raw), 80), -1, dtype=torch.int32, device=x.device)
+    amax = torch.zeros((len(raw), 80), dtype=torch.int32, device=x.device)
     quantize.quantize_tokens(x, fmt, data, scale, amax, *token_map(offs.to(x.device), M))
     assert data.shape[1] == padded_tokens(M, len(raw))
     assert same_bytes(data, expected.data)
@@ -90,7 +90,7 @@ def test_tokens(backend, fmt, M, raw, bad, dtype):
         owned, maps = max(0, *np.clip(offs.numpy(), 0, M)), token_map(offs.to(x.device), M)
         rows = oracle.quantize_rows(arrays(x), fmt)
         both = [empty_like(array, x.device) for array in (rows.data, rows.scale, expected.data, expected.scale)]
-        rows_and_tokens(x, both[:2], both[2:], amax.fill_(-1), maps)
+        rows_and_tokens(x, both[:2], both[2:], amax.zero_(), maps)
         for got, array in zip(both[:2], (rows.data, rows.scale), strict=True):
             assert same_bytes(got[:owned], array[:owned])
         for got, array in zip(both[2:], (expected.data, expected.scale), strict=True):
@@ -136,7 +136,7 @@ def test_rows_and_tokens_of_many_groups_and_long_rows(backend, M, C, G):
     data, scale, *of_tokens = (
         empty_like(x, backend.device) for x in (rows.data, rows.scale, tokens.data, tokens.scale)
     )
-    amax = torch.full((G, C), -1, dtype=torch.int32, device=x.device)
+    amax = torch.zeros((G, C), dtype=torch.int32, device=x.device)
     maps = token_map(torch.from_numpy(offs).to(x.device), M)
     rows_and_tokens(x, (data, scale), of_tokens, amax, maps)
     for got, want in zip([data[: offs[-1]], scale[: offs[-1]], *of_tokens], expected, strict=True):
@@ -189,8 +189,30 @@ def test_weights(backend, fmt, axis, dtype, stored):
     elif stored == "half of a fused weight":
         B = torch.cat([torch.full_like(B.mT, float("nan")), B.mT], 1)[:, N:].mT
     data, scale = empty_like(expected.data, B.device), empty_like(expected.scale, B.device)
-    amax = torch.full(expected.data.shape[:2], -1, dtype=torch.int32, device=B.device)
+    amax = torch.zeros(expected.data.shape[:2], dtype=torch.int32, device=B.device)
     quantize.quantize_weights(B.mT if axis == "K" else B, fmt, data, scale, amax, 4)
+    assert same_bytes(data, expected.data)
+    assert same_bytes(scale, expected.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("G", "P", "C"), [(3, 40, 144), (9, 4, 48), (1, 4, 1168)])
+def test_maxima_of_one_axis_found_along_the_other(backend, G, P, C, dtype):
+    """Both orientations of weights, the second from the maxima that the first has found: of matrices that several
+    programs share, and of several that one program has. Two weights with the same columns leave the maxima of both."""
+    both = to_kernel(awkward(2 * G * P, C).view(2, G, P, C).to(dtype), backend)
+    columns = torch.zeros(G, C, dtype=torch.int32, device=both.device)
+    for x in both:
+        expected = oracle.quantize_weights(arrays(x), "N", "fp8_rowwise")
+        data, scale = empty_like(expected.data, x.device), empty_like(expected.scale, x.device)
+        quantize.quantize_weights(x, "fp8_rowwise", data, scale, None, 4, columns=columns)
+        assert same_bytes(data, expected.data)
+        assert same_bytes(scale, expected.scale)
+    assert torch.equal(columns, both.float().abs().view(torch.int32).amax((0, 2)))
+    parts = [x.mT for x in both]
+    expected = oracle.quantize_weights(arrays(torch.cat(parts, 2)), "N", "fp8_rowwise")
+    data, scale = empty_like(expected.data, both.device), empty_like(expected.scale, both.device)
+    quantize.quantize_weights(parts, "fp8_rowwise", data, scale, columns, 4, amax_is_known=True)
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)
 
@@ -204,7 +226,7 @@ def test_weights_side_by_side(backend, fmt, dtype):
     expected = oracle.quantize_weights(arrays(whole), "N", fmt)
     parts = [half.mT.contiguous().mT for half in whole.split(N, 2)]
     data, scale = empty_like(expected.data, whole.device), empty_like(expected.scale, whole.device)
-    amax = torch.full((G, K), -1, dtype=torch.int32, device=whole.device)
+    amax = torch.zeros((G, K), dtype=torch.int32, device=whole.device)
     quantize.quantize_weights(parts, fmt, data, scale, amax, 4)
     assert same_bytes(data, expected.data)
     assert same_bytes(scale, expected.scale)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.torch_backend.layouts import LAYOUTS
@@ -212,8 +213,8 @@ def recording(function: Callable[..., None], seen: list[Tensor]) -> Callable[...
     """The function, with the tensors among its arguments kept in `seen`."""
 
     def record(problem: Any, config: Any, device: Any, *args: Any) -> None:
-        for x in args[:-2]:  # outputs and scratch are the op's own
-            seen.extend(x if isinstance(x, tuple) else [x])
+        for x in args:  # outputs and scratch are the op's own
+            seen.extend(x if isinstance(x, tuple) else [x] if isinstance(x, Tensor) else [])
         function(problem, config, device, *args)
 
     return record
@@ -273,9 +274,35 @@ def test_opcheck(recipe: str, dynamic: bool) -> None:
     fp8 = recipe == "fp8_rowwise"
     forward_op, backward_op = torch.ops.xmoe.grouped_mm_forward.default, torch.ops.xmoe.grouped_mm_backward.default
     torch.library.opcheck(forward_op, (A, B, offs, key, True), test_utils=(*both, schema, *([] if fp8 else [aot])))
-    out, *tokens = forward_op(A.detach(), B.detach(), offs, key, True)
+    out, *tokens, _ = forward_op(A.detach(), B.detach(), offs, key, True)
     args = (out, tokens if fp8 else [A.detach()], B.detach(), offs, key, torch.bfloat16, True, True)
     torch.library.opcheck(backward_op, args, test_utils=(*both, aot, *([] if fp8 else [schema])))
+
+
+class Names(TorchDispatchMode):
+    """Which of our ops it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "xmoe":
+            self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_modes_are_shown_the_ops(grad: bool) -> None:
+    """And without one the implementations are called at once, with the same results."""
+    A, W, offs = problem()
+    want = scaled_grouped_mm(A, W.mT, offs, FP8)
+    with torch.set_grad_enabled(grad), Names() as names:
+        out = scaled_grouped_mm(A, W.mT, offs, FP8)
+        if grad:
+            out.sum().backward()
+    assert torch.equal(out, want)
+    assert names.seen == ["xmoe::grouped_mm_forward", "xmoe::grouped_mm_backward"][: 1 + grad]
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "mxfp8_rceil"])
