@@ -34,6 +34,7 @@ from xmoe.kernels.specs import (
     Spec,
     Tensors,
     TensorSpec,
+    column_maxima,
     finds_maxima,
     is_map,
     saves_input,
@@ -115,7 +116,9 @@ def forward_spec(
 ) -> Spec:
     """Outputs: `forward_outputs`. `prepared`: the weights come so."""
     e, impl = experts, select(config, device)
-    spec = Spec(forward_outputs(e, config, impl, save, prepared))
+    # What w1 and w3 multiply is dead when h is quantized.
+    turns = ("in.a", "in.a_scale"), ("out.a", "out.a_scale", "out.kept")
+    spec = Spec(forward_outputs(e, config, impl, save, prepared), turns=turns)
     if not save:
         spec.scratch["gate_up"] = TensorSpec((e.M, 2 * e.H), e.x_dtype)
     if impl.gemm == "emulated":
@@ -136,7 +139,7 @@ def forward_spec(
 def dgrad_spec(
     experts: Experts, config: GroupedMMConfig, device: Device, prepared: bool = False, amax_is_known: bool = False
 ) -> Spec:
-    """Outputs: ``dx`` [M, D] in x_dtype and, where it costs nothing, ``amax`` int32 [G, 2H], for `wgrad`.
+    """Outputs: ``dx`` [M, D] in x_dtype and, where it costs nothing, ``amax`` (`column_maxima`), for `wgrad`.
 
     Scratch ``d``, the rows of the gradient of gate_up, may lie where dh does, if it fits. `amax_is_known`: the
     forward's ``w13_amax`` comes with the weights.
@@ -150,7 +153,7 @@ def dgrad_spec(
     if config.format == "bf16":
         spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
     if gives_amax(config, e.H):
-        spec.outputs["amax"] = TensorSpec((e.G, 2 * e.H), "int32")
+        spec.outputs["amax"] = column_maxima(e.G, 2 * e.H)
         spec.scratch.update(token_map(TOKEN_TILE, e.joint_problem))
     return spec
 

@@ -36,7 +36,7 @@ def columns_amax(
     x_ptr, stride_xg, stride_xr, stride_xc,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
-    GATED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATED: tl.constexpr, RAGGED: tl.constexpr, COPIES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     group, first, end = tile_rows(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
     if first < end:  # not a tile past the last one
@@ -45,7 +45,8 @@ def columns_amax(
         mask = (row < end) & (col < C)[None, :]
         x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
         amax = tl.max(magnitude(read(x_tile, C * stride_xc, mask, GATED).to(tl.float32)), 0)
-        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + col, amax, col < C, sem="relaxed")
+        copy = (tl.program_id(0) % COPIES).to(tl.int64) * G + group
+        tl.atomic_max(amax_ptr + copy * C + col, amax, col < C, sem="relaxed")
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def columns(
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C,
     SCALING: tl.constexpr, GATED: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr, SCALE_TILES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+    COPIES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_R = 128 rows and BLOCK_C columns, read once, written transposed. A thread holds 32 rows of its
     columns: it finds their maximum and packs their bytes to words by itself, and only words are exchanged, for stores
@@ -116,6 +117,8 @@ def columns(
     else:
         if SCALING == "rowwise":
             largest = tl.load(amax_ptr + group * C + col, col < C, 0)
+            for i in tl.static_range(1, COPIES):
+                largest = tl.maximum(largest, tl.load(amax_ptr + (i * G + group) * C + col, col < C, 0))
         else:
             largest = tl.max(amax, 0)
             if not RAGGED:
@@ -185,14 +188,20 @@ def _scale_empty_groups(scale_ptr, groups_ptr, G, col, C):
         tl.store(scale_ptr + group.to(tl.int64)[:, None] * C + col[None, :], scale, empty[:, None] & (col < C)[None, :])
 
 
+def copies(amax: torch.Tensor | None) -> int:
+    """Of maxima [copies, G, C] (`specs.column_maxima`); one of [G, C]."""
+    return 1 if amax is None or amax.ndim == 2 else amax.shape[0]
+
+
 def launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False):
-    """Raises `amax` [G, C] to the largest magnitudes of x, where they are larger. Arguments as in `launch_columns`."""
+    """Raises `amax`, [G, C] or copies of it, to the largest magnitudes of x, where they are larger. Arguments as in
+    `launch_columns`."""
     ragged = tiles is not None
     if num_tiles:
         launch(
             columns_amax, (num_tiles, cdiv(C, 64)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
-            GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64,
+            GATED=gated, RAGGED=ragged, COPIES=copies(amax), BLOCK_R=TOKEN_TILE, BLOCK_C=64,
         )  # fmt: skip
 
 
@@ -203,7 +212,7 @@ def launch_columns(
     """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
     ragged = tiles is not None
     if format == "fp8_rowwise":
-        assert amax.shape == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
+        assert amax.shape[-2:] == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
         if not num_tiles:
             scale.fill_(EMPTY_SCALE)
     if num_tiles:
@@ -217,7 +226,8 @@ def launch_columns(
             scale_bits(scale), *scale_strides, first_block,
             amax, tiles, groups, G, 0 if ragged else R, C,
             SCALING=SCALING[format], GATED=gated, RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
-            SCALE_TILES=scale_tiles, BLOCK_R=TOKEN_TILE, BLOCK_C=block_c, HARDWARE=hardware(x), num_warps=warps,
+            SCALE_TILES=scale_tiles, COPIES=copies(amax), BLOCK_R=TOKEN_TILE, BLOCK_C=block_c,
+            HARDWARE=hardware(x), num_warps=warps,
         )  # fmt: skip
 
 

@@ -8,8 +8,12 @@ import triton.language as tl
 
 from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude
 from xmoe.kernels.launch import launch
+from xmoe.kernels.quantize_columns import copies
 from xmoe.kernels.swiglu import read
+from xmoe.kernels.tiles import cdiv
 
+LEAST_RUN = 16
+"""Rows of a program that finds column maxima: it merges those of its run into memory at the end."""
 LONGEST_ROW = 16384
 """Rows up to this long stay in registers between the maximum and the cast (elements)."""
 
@@ -20,12 +24,13 @@ def _rows_fp8(
     data_ptr, scale_ptr, kept_ptr,
     amax_ptr, groups_ptr,
     R, P, C, G,
-    GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
+    GATED: tl.constexpr, AMAX: tl.constexpr, COPIES: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
     in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
-    the rows that have a group; the others are left out. Without groups_ptr a matrix is a group. What was read goes to
-    kept_ptr, if there is one."""
+    the rows that have a group, in one of COPIES; the other rows are left out. Without groups_ptr a matrix is a group.
+    What was read goes to kept_ptr, if there is one."""
     RAGGED: tl.constexpr = groups_ptr is not None
     rows = R
     if RAGGED:
@@ -47,7 +52,7 @@ def _rows_fp8(
         if first < last:
             _rows_fp8_run(
                 x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr,
-                group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
+                tl.program_id(0) % COPIES * G + group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
             )  # fmt: skip
         first = last
         group += 1
@@ -55,10 +60,10 @@ def _rows_fp8(
 
 @triton.jit
 def _rows_fp8_run(
-    x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr, group, first, last, P, C,
+    x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr, line, first, last, P, C,
     GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Rows first to last, all of one group."""
+    """Rows first to last, all of one group; that has `line` of the maxima."""
     columns = ()
     largest = ()  # of each column
     start = 0
@@ -91,7 +96,7 @@ def _rows_fp8_run(
         tl.store(scale_ptr + row, fp8_scale(amax))
     if AMAX:
         for i in tl.static_range(len(PIECES)):
-            tl.atomic_max(amax_ptr + group.to(tl.int64) * C + columns[i], largest[i], columns[i] < C, sem="relaxed")
+            tl.atomic_max(amax_ptr + line.to(tl.int64) * C + columns[i], largest[i], columns[i] < C, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -125,17 +130,18 @@ def row_pieces(C: int) -> tuple[int, ...]:
 
 
 def row_schedule(pieces: tuple[int, ...], element_size: int, gated: bool) -> tuple[int, int, int]:
-    """(warps, programs a multiprocessor, stages: rows on their way from memory) of `_rows_fp8`. At [128000, 8192] on an
-    H200: 0.80 ms with 4 warps and 4 programs, 0.87 with 4 and 3, 0.86 with 8 and 1; gated 1.98, 2.57, and 1.70 with 8
-    and 2."""
+    """(warps, programs a multiprocessor, stages: rows on their way from memory) of `_rows_fp8`.
+
+    With column maxima on an H200, in us: eight warps a multiprocessor [128000, 5120] 486 (twelve: 520), [128000, 8192]
+    782 (sixteen: 799), [131072, 2048] 206 (220), weights [8, 8192, 5120] 257 (280), [128, 768, 2048] 155 (171). Gated
+    [128000, 8192]: 8 warps and 2 programs 1700, 4 and 4 1980, 4 and 3 2570.
+    """
     elements, row_bytes = sum(pieces), sum(pieces) * element_size
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
-    stages = 4 if row_bytes <= 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
     if gated:
-        if elements > 4096:
-            return 8, 2, 1
-        stages = 2
-    return warps, 12 // warps if elements <= 5120 else 16 // warps, stages
+        return (8, 2, 1) if elements > 4096 else (warps, 12 // warps, 2)
+    stages = 4 if row_bytes < 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
+    return warps, 8 // warps, stages
 
 
 def launch_rows_fp8(x, strides, data, scale, amax, groups, kept, R, P, C, programs, gated):
@@ -148,9 +154,13 @@ def launch_rows_fp8(x, strides, data, scale, amax, groups, kept, R, P, C, progra
     pieces = row_pieces(C)
     warps, programs_each, stages = row_schedule(pieces, x.element_size(), gated)
     G = 1 if groups is None else groups.shape[0] - 1
+    count = programs * programs_each
+    if amax is not None:
+        count = min(count, max(programs, cdiv(R, LEAST_RUN)))
+    shared = 1 if gated else copies(amax)  # gated, registers are short
     launch(
-        _rows_fp8, (programs * programs_each,),
+        _rows_fp8, (count,),
         x, *strides, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G,
-        GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
+        GATED=gated, AMAX=amax is not None, COPIES=shared, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip

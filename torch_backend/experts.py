@@ -17,6 +17,7 @@ from torch import Tensor
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import emulation, experts, pipeline
 from xmoe.kernels.dispatch import Device
+from xmoe.kernels.specs import column_maxima
 from xmoe.operands import FEATURE_MULTIPLE, whole_blocks
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key
 from xmoe.torch_backend.ops import (
@@ -304,7 +305,7 @@ def _(
     dx = dh.new_empty(dh.shape[0], D)
     kernels = fake_implementation(config, dh.device).gemm != "emulated"
     known = kernels and experts.gives_amax(config, H)
-    return dx, dh.new_empty(G, 2 * H, dtype=torch.int32) if known else dh.new_empty(0)
+    return dx, dh.new_empty(column_maxima(G, 2 * H).shape, dtype=torch.int32) if known else dh.new_empty(0)
 
 
 @torch.library.impl(LIBRARY, "swiglu_experts_wgrad", "CompositeExplicitAutograd")

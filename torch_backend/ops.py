@@ -57,7 +57,7 @@ def allocate(specs: Specs, device: torch.device) -> dict[str, Tensor]:
 
 
 def layout(spec: pipeline.Spec) -> pipeline.Layout | None:
-    return pipeline.Layout(spec.scratch) if spec.scratch else None
+    return pipeline.Layout(spec.scratch, turns=spec.turns) if spec.scratch else None
 
 
 def arena(layout: pipeline.Layout | None, device: torch.device) -> pipeline.Tensors:

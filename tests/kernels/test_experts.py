@@ -31,6 +31,7 @@ class Run:
         self.dout[self.covered :] = float("nan")
         name = str(dtype).removeprefix("torch.")
         self.config, self.where = config_from_recipe(recipe), where
+        self.layouts: dict[int, pipeline.Layout] = {}  # of the specs, which are the same from call to call
         self.device = device or pipeline.device_of(where, 0)
         self.experts = experts.Experts(M, D, H, G, name, name, self.config.out_dtype or name)
 
@@ -40,7 +41,13 @@ class Run:
         return outputs[f"{name}_tokens"], outputs[f"{name}_tokens_scale"]
 
     def _tensors(self, spec):
-        return poisoned(spec.outputs, self.where), poisoned(spec.scratch, self.where)
+        outputs = poisoned(spec.outputs, self.where)
+        if not spec.scratch:
+            return outputs, {}
+        layout = self.layouts.setdefault(id(spec), pipeline.Layout(spec.scratch, turns=spec.turns))
+        scratch = pipeline.Arena(layout, torch.device(self.where))
+        scratch.memory.fill_(0xFF)
+        return outputs, scratch
 
     def __call__(self) -> dict[str, torch.Tensor]:
         e, config, device, offs = self.experts, self.config, self.device, self.offs

@@ -136,7 +136,7 @@ def test_rows_and_tokens_of_many_groups_and_long_rows(backend, M, C, G):
     data, scale, *of_tokens = (
         empty_like(x, backend.device) for x in (rows.data, rows.scale, tokens.data, tokens.scale)
     )
-    amax = torch.zeros((G, C), dtype=torch.int32, device=x.device)
+    amax = torch.zeros((2, G, C), dtype=torch.int32, device=x.device)
     maps = token_map(torch.from_numpy(offs).to(x.device), M)
     rows_and_tokens(x, (data, scale), of_tokens, amax, maps)
     for got, want in zip([data[: offs[-1]], scale[: offs[-1]], *of_tokens], expected, strict=True):

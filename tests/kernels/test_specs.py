@@ -42,6 +42,15 @@ def test_what_lies_elsewhere_takes_no_memory():
     assert arena["scale"].data_ptr() == arena.memory.data_ptr()
 
 
+def test_tensors_that_take_turns_share_memory():
+    layout = Layout(SPECS, turns=(("data", "scale", "other"), ("wide",)))
+    arena = Arena(layout, CPU)
+    assert arena["data"].data_ptr() == arena["wide"].data_ptr()
+    assert arena["scale"].data_ptr() == arena["data"].data_ptr() + Layout.ALIGNMENT
+    assert layout.bytes == -(-arena["wide"].nbytes // Layout.ALIGNMENT) * Layout.ALIGNMENT
+    assert {*arena} == {*SPECS}
+
+
 def test_layouts_are_equal_to_themselves_alone():
     """They stand for their specs in the keys of calls that are replayed."""
     layout = Layout(SPECS)
