@@ -31,12 +31,12 @@ EMPTY_SCALE = 2.0**-48
 """Of a column without tokens: that of amax 1e-12."""
 
 
-@triton.jit(do_not_specialize=["G"])
+@triton.jit(do_not_specialize=["G", "copies"])
 def columns_amax(
     x_ptr, stride_xg, stride_xr, stride_xc,
     amax_ptr, tiles_ptr, groups_ptr,
-    G, R, C,
-    GATED: tl.constexpr, RAGGED: tl.constexpr, COPIES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    G, R, C, copies,
+    GATED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     group, first, end = tile_rows(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
     if first < end:  # not a tile past the last one
@@ -45,7 +45,7 @@ def columns_amax(
         mask = (row < end) & (col < C)[None, :]
         x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
         amax = tl.max(magnitude(read(x_tile, C * stride_xc, mask, GATED).to(tl.float32)), 0)
-        copy = (tl.program_id(0) % COPIES).to(tl.int64) * G + group
+        copy = (tl.program_id(0) % copies).to(tl.int64) * G + group
         tl.atomic_max(amax_ptr + copy * C + col, amax, col < C, sem="relaxed")
 
 
@@ -74,15 +74,15 @@ def transposed(words, left, BLOCK_C: tl.constexpr):
     return tl.reshape(tl.permute(blocks, (1, 0, 2)), (BLOCK_C, 32))
 
 
-@triton.jit(do_not_specialize=["G", "stride_st", "stride_sc", "first_block"])
+@triton.jit(do_not_specialize=["G", "stride_st", "stride_sc", "first_block", "copies"])
 def columns(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, stride_dt, stride_dc,
     scale_ptr, stride_st, stride_sc, first_block,
     amax_ptr, tiles_ptr, groups_ptr,
-    G, R, C,
+    G, R, C, copies,
     SCALING: tl.constexpr, GATED: tl.constexpr, RAGGED: tl.constexpr, RCEIL: tl.constexpr, SCALE_TILES: tl.constexpr,
-    COPIES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_R = 128 rows and BLOCK_C columns, read once, written transposed. A thread holds 32 rows of its
     columns: it finds their maximum and packs their bytes to words by itself, and only words are exchanged, for stores
@@ -117,7 +117,7 @@ def columns(
     else:
         if SCALING == "rowwise":
             largest = tl.load(amax_ptr + group * C + col, col < C, 0)
-            for i in tl.static_range(1, COPIES):
+            for i in range(1, copies):
                 largest = tl.maximum(largest, tl.load(amax_ptr + (i * G + group) * C + col, col < C, 0))
         else:
             largest = tl.max(amax, 0)
@@ -201,7 +201,7 @@ def launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False)
         launch(
             columns_amax, (num_tiles, cdiv(C, 64)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
-            GATED=gated, RAGGED=ragged, COPIES=copies(amax), BLOCK_R=TOKEN_TILE, BLOCK_C=64,
+            copies(amax), GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64,
         )  # fmt: skip
 
 
@@ -224,9 +224,9 @@ def launch_columns(
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
             data.view(torch.int32), *(s // 4 for s in data_strides),
             scale_bits(scale), *scale_strides, first_block,
-            amax, tiles, groups, G, 0 if ragged else R, C,
+            amax, tiles, groups, G, 0 if ragged else R, C, copies(amax),
             SCALING=SCALING[format], GATED=gated, RAGGED=ragged, RCEIL=format == "mxfp8_rceil",
-            SCALE_TILES=scale_tiles, COPIES=copies(amax), BLOCK_R=TOKEN_TILE, BLOCK_C=block_c,
+            SCALE_TILES=scale_tiles, BLOCK_R=TOKEN_TILE, BLOCK_C=block_c,
             HARDWARE=hardware(x), num_warps=warps,
         )  # fmt: skip
 

@@ -18,18 +18,18 @@ LONGEST_ROW = 16384
 """Rows up to this long stay in registers between the maximum and the cast (elements)."""
 
 
-@triton.jit(do_not_specialize=["R", "P", "G"])
+@triton.jit(do_not_specialize=["R", "P", "G", "copies"])
 def _rows_fp8(
     x_ptr, stride_xg, stride_xr, stride_xc,
     data_ptr, scale_ptr, kept_ptr,
     amax_ptr, groups_ptr,
-    R, P, C, G,
-    GATED: tl.constexpr, AMAX: tl.constexpr, COPIES: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    R, P, C, G, copies,
+    GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
     in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
-    the rows that have a group, in one of COPIES; the other rows are left out. Without groups_ptr a matrix is a group.
+    the rows that have a group, in one of `copies`; the other rows are left out. Without groups_ptr a matrix is a group.
     What was read goes to kept_ptr, if there is one."""
     RAGGED: tl.constexpr = groups_ptr is not None
     rows = R
@@ -43,6 +43,9 @@ def _rows_fp8(
         for some in range(0, G, 128):
             lane = some + tl.arange(0, 128)
             group += tl.sum((tl.load(groups_ptr + lane * 4 + 1, lane < G, 0x7FFFFFFF) <= first).to(tl.int32))
+    copy = 0
+    if not GATED:  # which has no register to spare
+        copy = tl.program_id(0) % copies
     while first < end:
         last = end
         if RAGGED:
@@ -52,7 +55,7 @@ def _rows_fp8(
         if first < last:
             _rows_fp8_run(
                 x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr,
-                tl.program_id(0) % COPIES * G + group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
+                copy * G + group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
             )  # fmt: skip
         first = last
         group += 1
@@ -157,10 +160,9 @@ def launch_rows_fp8(x, strides, data, scale, amax, groups, kept, R, P, C, progra
     count = programs * programs_each
     if amax is not None:
         count = min(count, max(programs, cdiv(R, LEAST_RUN)))
-    shared = 1 if gated else copies(amax)  # gated, registers are short
     launch(
         _rows_fp8, (count,),
-        x, *strides, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G,
-        GATED=gated, AMAX=amax is not None, COPIES=shared, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
+        x, *strides, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G, copies(amax),
+        GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip

@@ -85,7 +85,6 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                            x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
                            ({} if amax else {"amax_ptr": None}) | ({} if amax == "of groups" else {"groups_ptr": None})
                            | {"kept_ptr": None, "stride_xc": 1, "AMAX": bool(amax), "PIECES": pieces, "STAGES": stages,
-                              "COPIES": 2 if amax == "of groups" else 1,
                               "HARDWARE": 2},
                            sm, warps, divisible=("stride_xg", "stride_xr", "C"))  # fmt: skip
         yield Case(f"long_rows_fp8[{dtype}]", quantize_rows_fp8._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
@@ -123,7 +122,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
             maps = {"tiles_ptr": i32, "groups_ptr": i32, "amax_ptr": i32}
             yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize_columns.columns_amax, x | maps,
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
-                       | {"stride_xc": 1, "RAGGED": ragged, "COPIES": 1 + ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
+                       | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
             rowwise = blockwise | {"SCALING": "rowwise", "SCALE_TILES": False}
             yield columns_case(f"{dtype},rowwise,ragged={ragged}", x | {"scale_ptr": f32}, rowwise, ragged, sm)
@@ -165,7 +164,6 @@ def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], r
     constants = constants | ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
     block, warps = quantize_columns.column_blocks(constants["SCALING"], ragged, 2 if types["x_ptr"] == "*bf16" else 4)
     constants = constants | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": block}
-    constants["COPIES"] = 2 if ragged and constants["SCALING"] == "rowwise" else 1
     return Case(f"columns[{label}]", quantize_columns.columns, types, constants, sm, warps,
                 divisible=("stride_xg", "stride_xr", "stride_dt", "stride_dc", "C", "R"))  # fmt: skip
 
@@ -191,7 +189,6 @@ def gated(case: Case) -> Iterator[Case]:
             constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
         if case.kernel is quantize_rows_fp8._rows_fp8:
             warps, _, constants["STAGES"] = quantize_rows_fp8.row_schedule(constants["PIECES"], size, True)
-            constants["COPIES"] = 1
             case = replace(case, warps=warps)
             if constants["AMAX"]:
                 constants.pop("kept_ptr")
