@@ -8,6 +8,7 @@ copied from shared to tensor memory).
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -342,21 +343,29 @@ def spills(cubin: bytes) -> int:
     return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
+_cases: list[Case] = []
+
+
+def _faults(index: int) -> list[str]:
+    return compile_case(_cases[index])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="compile the cases whose name contains this")
     parser.add_argument("--sm", type=int, choices=SHARED_MEMORY, help="compile for this architecture only")
     args = parser.parse_args()
-    failed = total = 0
     start = time.perf_counter()
     for sm in [args.sm] if args.sm else SHARED_MEMORY:
         quantizers = (with_cast(variant) for case in quantizer_cases(sm) for variant in gated(case))
-        for case in (*quantizers, *swiglu_cases(sm), *gemm_cases(sm)):
-            if args.only not in case.name:
-                continue
-            faults = compile_case(case)
-            total, failed = total + 1, failed + bool(faults)
-            print(f"sm_{sm} {case.name}: {'; '.join(faults) or 'ok'}", flush=True)
+        cases = (*quantizers, *swiglu_cases(sm), *gemm_cases(sm))
+        _cases.extend(case for case in cases if args.only in case.name)
+    failed = 0
+    with multiprocessing.get_context("fork").Pool() as pool:  # forked: kernels cannot be sent
+        for case, faults in zip(_cases, pool.imap(_faults, range(len(_cases))), strict=True):
+            failed += bool(faults)
+            print(f"sm_{case.sm} {case.name}: {'; '.join(faults) or 'ok'}", flush=True)
+    total = len(_cases)
     print(f"{total - failed} of {total} kernels compile as they should, {time.perf_counter() - start:.0f} s")
     return 1 if failed else 0
 
