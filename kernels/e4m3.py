@@ -57,9 +57,8 @@ def pair(low, high, HARDWARE: tl.constexpr):
             "=r,=r,r,r", (low, high), dtype=tl.int32, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        both = (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | high.to(tl.int16, bitcast=True).to(
-            tl.int32
-        ) << 16
+        both = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        both |= high.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return both
 
 
