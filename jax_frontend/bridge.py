@@ -15,7 +15,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,28 +169,44 @@ def experts_forward(
     return _run(_experts_call(plan, "forward", save), x, w1, w2, w3, offs)
 
 
+class Gradient(NamedTuple):
+    """What `experts.gradient` makes: operands of the backward's GEMMs, None for what is not needed or not there."""
+
+    d: jax.Array | None
+    d_scale: jax.Array | None
+    d_tokens: jax.Array | None
+    d_tokens_scale: jax.Array | None
+
+
+def experts_gradient(
+    plan: ExpertsPlan, dh: jax.Array, gate_up: jax.Array, offs: jax.Array, need_dx: bool, need_dw: bool
+) -> Gradient:
+    """For `experts_dgrad` and `experts_wgrad`."""
+    _pipeline()
+    from xmoe.kernels import experts
+
+    got = _run(_experts_call(plan, "gradient", need_dx, need_dw), offs, dh, gate_up)
+    where = experts.places(plan.config, _implementation(plan.config, plan.platform), plan.x_dtype)
+    d, d_tokens = got[where.rows] if need_dx else None, got[where.tokens] if need_dw else None
+    return Gradient(d, got.get("d_scale"), d_tokens, got.get("d_tokens_scale"))
+
+
 def experts_dgrad(
-    plan: ExpertsPlan,
-    dh: jax.Array,
-    gate_up: jax.Array,
-    w1: jax.Array,
-    w3: jax.Array,
-    offs: jax.Array,
-    need_dx: bool,
-    w13_amax: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """``(d_gate_up, dx, amax)``; None for what is not needed or not there. ``w13_amax``: of `experts_forward`."""
-    known = (w13_amax,) if need_dx and w13_amax is not None else ()
-    got = _run(_experts_call(plan, "dgrad", need_dx, bool(known)), dh, w1, w3, offs, gate_up, *known)
-    return got["gate_up"], got.get("dx"), got.get("amax")
+    plan: ExpertsPlan, gradient: Gradient, w1: jax.Array, w3: jax.Array, offs: jax.Array, w13_amax: jax.Array | None
+) -> jax.Array:
+    """dx. ``w13_amax``: of `experts_forward`."""
+    has_scale, known = gradient.d_scale is not None, w13_amax is not None
+    rest = (x for x in (gradient.d_scale, w13_amax) if x is not None)
+    return _run(_experts_call(plan, "dgrad", has_scale, known), gradient.d, w1, w3, offs, *rest)["dx"]
 
 
 def experts_wgrad(
-    plan: ExpertsPlan, d_gate_up: jax.Array, amax: jax.Array | None, x_saved: Saved, offs: jax.Array
+    plan: ExpertsPlan, gradient: Gradient, x_saved: Saved, offs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """``(dw1, dw3)``."""
-    known = () if amax is None else (amax,)
-    got = _run(_experts_call(plan, "wgrad", amax is not None), d_gate_up, offs, *known, *x_saved)
+    has_scale = gradient.d_tokens_scale is not None
+    scale = (gradient.d_tokens_scale,) if has_scale else ()
+    got = _run(_experts_call(plan, "wgrad", has_scale), gradient.d_tokens, offs, *scale, *x_saved)
     return got["dw1"], got["dw3"]
 
 
@@ -200,9 +216,9 @@ def swiglu(gate_up: jax.Array, plan: ExpertsPlan) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _experts_call(plan: ExpertsPlan, stage: str, flag: bool = True, known: bool = False) -> _Call:
-    """`flag`: of "forward", that the backward's tensors are wanted; of "dgrad", that dx is; of "wgrad", that amax is an
-    input. `known`: of "dgrad", that w13_amax is an input."""
+def _experts_call(plan: ExpertsPlan, stage: str, *flags: bool) -> _Call:
+    """`flags`: of "forward", whether the backward's tensors are wanted; of "gradient", which operands are needed; of
+    "dgrad" and "wgrad", whether the operand has a scale; and of "dgrad", whether w13_amax is an input."""
     pipeline = _pipeline()
     from xmoe.kernels import experts
 
@@ -211,27 +227,39 @@ def _experts_call(plan: ExpertsPlan, stage: str, flag: bool = True, known: bool 
     if plan.platform == "gpu":
         for local in jax.local_devices(backend="gpu"):
             experts.warm_up(e, config, _torch().device("cuda", local.local_hardware_id))
-    gate_up = pipeline.TensorSpec((plan.M, 2 * plan.H), plan.x_dtype)
 
     if stage == "forward":
 
         def forward(outputs: Any, scratch: Any, x: Any, w1: Any, w2: Any, w3: Any, offs: Any) -> None:
             experts.forward(e, config, device, x, w1, w2, w3, offs, outputs, scratch)
 
-        return _Call(experts.forward_spec(e, config, device, flag), forward, implementation)
+        return _Call(experts.forward_spec(e, config, device, *flags), forward, implementation)
+    if stage == "gradient":
+        spec = experts.gradient_spec(e, config, device, *flags)
+        given = {
+            "dh": pipeline.TensorSpec((plan.M, plan.H), plan.x_dtype),
+            "gate_up": pipeline.TensorSpec((plan.M, 2 * plan.H), plan.x_dtype),
+        }
+
+        def gradient(outputs: Any, scratch: Any, offs: Any) -> None:
+            dh, gate_up = outputs.pop("dh"), outputs.pop("gate_up")
+            experts.gradient(e, config, device, dh, gate_up, offs, *flags, outputs, scratch)
+
+        return _Call(pipeline.Spec({**given, **spec.outputs}, spec.scratch), gradient, implementation, {1: 0, 2: 1})
     if stage == "dgrad":
-        spec = experts.dgrad_spec(e, config, device, amax_is_known=known) if flag else pipeline.Spec()
-        spec = pipeline.Spec({"gate_up": gate_up, **spec.outputs}, spec.scratch)
+        has_scale, known = flags
 
-        def dgrad(outputs: Any, scratch: Any, dh: Any, w1: Any, w3: Any, offs: Any, *w13_amax: Any) -> None:
-            experts.dgrad(e, config, device, dh, outputs["gate_up"], (w1, w3), offs, outputs, scratch, *w13_amax)
+        def dgrad(outputs: Any, scratch: Any, d: Any, w1: Any, w3: Any, offs: Any, *rest: Any) -> None:
+            scale, w13_amax = rest[0] if has_scale else None, rest[-1] if known else None
+            experts.dgrad(e, config, device, d, scale, (w1, w3), offs, outputs, scratch, w13_amax)
 
-        return _Call(spec, dgrad, implementation, {4: 0})
+        return _Call(experts.dgrad_spec(e, config, device, amax_is_known=known), dgrad, implementation)
     if stage == "wgrad":
+        (has_scale,) = flags
 
-        def wgrad(outputs: Any, scratch: Any, d_gate_up: Any, offs: Any, *rest: Any) -> None:
-            amax, saved = (rest[0], rest[1:]) if flag else (None, rest)
-            experts.wgrad(e, config, device, d_gate_up, amax, saved, offs, outputs, scratch)
+        def wgrad(outputs: Any, scratch: Any, d_tokens: Any, offs: Any, *rest: Any) -> None:
+            scale, saved = (rest[0], rest[1:]) if has_scale else (None, rest)
+            experts.wgrad(e, config, device, d_tokens, scale, saved, offs, outputs, scratch)
 
         return _Call(experts.wgrad_spec(e, config, device), wgrad, implementation)
 

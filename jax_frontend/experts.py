@@ -94,9 +94,11 @@ def _bwd(plan: ExpertsPlan, residuals: Any, dout: Any) -> tuple[jax.Array | None
     dh, dw2 = gemm_backward(plan.of_output, dout, h_saved, w2 if need_dh else None, offs, w2_amax)
     dx = dw1 = dw3 = None
     if need_dh:
-        d_gate_up, dx, amax = _dgrad(plan, dh, gate_up, w1, w3, offs, need_dx, w13_amax)
+        gradient = _gradient(plan, dh, gate_up, offs, need_dx, x_saved is not None)
+        if need_dx:
+            dx = _dgrad(plan, gradient, w1, w3, offs, w13_amax)
         if x_saved is not None:
-            dw1, dw3 = _wgrad(plan, d_gate_up, amax, x_saved, offs)
+            dw1, dw3 = _wgrad(plan, gradient, x_saved, offs)
     return dx, dw1, dw2, dw3, None
 
 
@@ -129,22 +131,25 @@ def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *, save: bool) -> dict[str,
     return got
 
 
-def _dgrad(
-    plan: ExpertsPlan, dh, gate_up, w1, w3, offs, need_dx: bool, w13_amax: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The gradients of gate_up and x, and what saves `_wgrad` a pass, if there is anything."""
+def _gradient(plan: ExpertsPlan, dh, gate_up, offs, need_dx: bool, need_dw: bool) -> bridge.Gradient:
+    """Of gate_up, as the GEMMs take it."""
     if plan.engine == "bridge":
-        return bridge.experts_dgrad(plan, dh, gate_up, w1, w3, offs, need_dx, w13_amax)
+        return bridge.experts_gradient(plan, dh, gate_up, offs, need_dx, need_dw)
     d_gate_up = emulation.swiglu_gradient(dh, gate_up)
-    if not need_dx:
-        return d_gate_up, None, None
+    return bridge.Gradient(d_gate_up, None, d_gate_up, None)
+
+
+def _dgrad(plan: ExpertsPlan, gradient: bridge.Gradient, w1, w3, offs, w13_amax: jax.Array | None) -> jax.Array:
+    """The gradient of x."""
+    if plan.engine == "bridge":
+        return bridge.experts_dgrad(plan, gradient, w1, w3, offs, w13_amax)
     joint = jnp.concatenate([w1, w3], axis=1).swapaxes(1, 2)
-    return d_gate_up, emulation.dgrad(d_gate_up, joint, offs, plan.config, plan.x_dtype), None
+    return emulation.dgrad(gradient.d, joint, offs, plan.config, plan.x_dtype)
 
 
-def _wgrad(plan: ExpertsPlan, d_gate_up, amax, x_saved: emulation.Saved, offs) -> tuple[jax.Array, ...]:
+def _wgrad(plan: ExpertsPlan, gradient: bridge.Gradient, x_saved: emulation.Saved, offs) -> tuple[jax.Array, ...]:
     """The gradients of w1 and w3."""
     if plan.engine == "bridge":
-        return bridge.experts_wgrad(plan, d_gate_up, amax, x_saved, offs)
-    halves = jnp.split(d_gate_up, 2, axis=1)
+        return bridge.experts_wgrad(plan, gradient, x_saved, offs)
+    halves = jnp.split(gradient.d_tokens, 2, axis=1)
     return tuple(emulation.wgrad(x_saved, d, offs, plan.config, plan.w_dtype).swapaxes(1, 2) for d in halves)

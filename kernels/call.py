@@ -15,7 +15,7 @@ from xmoe.kernels.specs import HAS_TRITON, Prepared, Problem, Tensors, Weights, 
 from xmoe.operands import TOKEN_TILE
 
 if HAS_TRITON:
-    from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, quantize, quantize_blocks, quantize_both, tiles
+    from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, quantize, quantize_blocks, quantize_both, swiglu, tiles
 
 
 @lru_cache
@@ -61,14 +61,29 @@ class Call:
     def rows_first(self, scale: torch.Tensor | None) -> torch.Tensor | None:
         return scale.mT if self.implementation.warp_specialized and scale is not None else scale
 
-    def rows(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The operand of x's rows; of those of its SwiGLU where x is `gated`."""
+    def rows(
+        self, name: str, x: torch.Tensor, dh: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The operand of x's rows; of those of its SwiGLU where x is `gated`. With dh [M, C/2], of those of x's
+        gradient, given that of its SwiGLU; it takes the place of x."""
         if self.config.format == "bf16":
             return self.cast(name, x), None
-        data, scale = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
+        data, scale = self._rows(name)
+        dh = self._gradient(x, dh)
         map = self.map(TOKEN_TILE) if self.implementation.scale_tiles else None
-        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, gated=self.gated)
+        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, gated=self.gated, dh=dh)
         return data, scale
+
+    def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
+
+    def _gradient(self, x: torch.Tensor, dh: torch.Tensor | None) -> torch.Tensor | None:
+        """dh, if the quantizer of x's rows takes it; if not, None, and the gradient is in place of x."""
+        fuses = self.config.format == "fp8_rowwise" and x.dtype == torch.bfloat16 and x.shape[1] <= quantize.LONGEST_ROW
+        if fuses or dh is None:
+            return dh
+        swiglu.swiglu_gradient_(dh, x)
+        return None
 
     def weights(
         self, b: Weights, amax: torch.Tensor | None = None, columns: torch.Tensor | None = None
@@ -111,29 +126,33 @@ class Call:
             )
         return data, scale
 
-    def rows_and_tokens(self, name: str, x: torch.Tensor, tensors: Tensors):
-        """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`."""
+    def rows_and_tokens(self, name: str, x: torch.Tensor, tensors: Tensors, dh: torch.Tensor | None = None):
+        """Both operands of x, the rows `name` of the scratch and the tokens `name`_tokens of `tensors`; with dh, of its
+        gradient, as in `rows` (but that x may become anything)."""
         if quantize_both.fuses(self.config.format, x, self.implementation.straight_tokens):
-            rows = self.scratch[name], self.rows_first(self.scratch.get(f"{name}_scale"))
-            data, scale = tensors[f"{name}_tokens"], self.rows_first(tensors[f"{name}_tokens_scale"])
-            assert scale is not None, f"{name}_tokens has no scale"
+            rows = self._rows(name)
+            data, scale = tensors[f"{name}_tokens"], self.rows_first(tensors.get(f"{name}_tokens_scale"))
             map = self.map(TOKEN_TILE)
-            quantize_both.quantize_rows_and_tokens(x, self.config.format, *rows, data, scale, *map, gated=self.gated)
+            quantize_both.quantize_rows_and_tokens(
+                x, self.config.format, *rows, data, scale, *map, gated=self.gated, dh=dh
+            )
             return rows, (data, scale)
         amax = self.scratch.get(f"{name}_tokens_amax")
-        rows, amax_is_known = self.rows_and_amax(name, x, amax)
+        rows, amax_is_known = self.rows_and_amax(name, x, amax, dh)
         return rows, self.tokens(f"{name}_tokens", x, tensors, amax, amax_is_known)
 
-    def rows_and_amax(self, name: str, x: torch.Tensor, amax: torch.Tensor | None):
-        """(rows, whether `amax` was filled): with the maxima that `tokens` needs, where they come at no cost."""
+    def rows_and_amax(self, name: str, x: torch.Tensor, amax: torch.Tensor | None, dh: torch.Tensor | None = None):
+        """(rows, whether `amax` was filled): with the maxima that `tokens` needs, where they come at no cost; dh as in
+        `rows`."""
         if amax is None:
-            return self.rows(name, x), False
-        rows = self.scratch[name], self.scratch[f"{name}_scale"]
-        _, groups = self.map(TOKEN_TILE)
+            return self.rows(name, x, dh), False
+        data, scale = self._rows(name)
+        dh = self._gradient(x, dh)
+        columns, kept = (amax, self.map(TOKEN_TILE)[1]), self.scratch.get("kept")
         known = quantize.quantize_rows(
-            x, self.config.format, *rows, self.programs, (amax, groups), gated=self.gated, kept=self.scratch.get("kept")
+            x, self.config.format, data, scale, self.programs, columns, gated=self.gated, dh=dh, kept=kept
         )
-        return rows, known
+        return (data, scale), known
 
     def grouped_mm(
         self,

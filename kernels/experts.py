@@ -11,14 +11,16 @@ What three separate grouped GEMMs cannot have:
 - the gradient of x is one GEMM over [dg | du] and [w1 ; w3], of contraction 2H: one scale a row for both halves, one
   sum in float32. So an MX format asks for H % 32 == 0 and fp8_blockwise for H % 128 == 0 (`whole_blocks`).
 
-A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `dgrad` and `wgrad`: apart, so that a
-frontend can let go of memory in between.
+- the gradients of g and u are quantized as they are found, and are not kept in bf16 where no GEMM reads that.
+
+A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `gradient`, `dgrad` and `wgrad`: apart, so
+that a frontend can let go of memory in between.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,12 +36,14 @@ from xmoe.kernels.specs import (
     Spec,
     Tensors,
     TensorSpec,
-    column_maxima,
     finds_maxima,
     is_map,
+    maxima_spec,
+    rows_spec,
     saves_input,
     scale_tiles,
     token_map,
+    tokens_spec,
     with_maps,
 )
 from xmoe.operands import TOKEN_TILE, padded_tokens
@@ -77,9 +81,25 @@ class Experts:
         return Problem(self.M, self.D, self.H, self.G, self.x_dtype, self.w_dtype, self.out_dtype)
 
 
-def gives_amax(config: GroupedMMConfig, H: int) -> bool:
-    """Whether the kernels of `dgrad` find, at no cost, the maxima that `wgrad` needs."""
-    return config.format == "fp8_rowwise" and not saves_input(config) and 2 * H <= LONGEST_ROW
+class Places(NamedTuple):
+    """Where `gradient` leaves what it makes of the gradient of gate_up: in an output of that name, or in place of what
+    it was given."""
+
+    rows: str
+    """What `dgrad` multiplies: "d", "dh" or "gate_up"."""
+    tokens: str
+    """What `wgrad` multiplies: "d_tokens" or "gate_up"."""
+
+
+def places(config: GroupedMMConfig, impl: Implementation, x_dtype: str) -> Places:
+    """Where a GEMM multiplies what the quantizer read in numbers of the same size, it takes their place."""
+    if impl.gemm == "emulated" or config.format == "bf16":
+        return Places("gate_up", "gate_up")
+    half = x_dtype == "bfloat16"
+    in_place = saves_input(config) or (impl.straight_tokens and half)
+    return Places(
+        rows="dh" if half and config.format == "fp8_rowwise" else "d", tokens="gate_up" if in_place else "d_tokens"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- specs
@@ -135,26 +155,58 @@ def forward_spec(
     return spec
 
 
+def gradient_outputs(
+    e: Experts, config: GroupedMMConfig, impl: Implementation, need_dx: bool = True, need_dw: bool = True
+) -> dict[str, TensorSpec]:
+    """Those that are needed and not in place (`places`): ``d`` [M, 2H] and ``d_scale``, ``d_tokens`` and
+    ``d_tokens_scale``, operands of the grouped GEMMs with [dg | du]. Tokens that are multiplied straight are bf16
+    [M, 2H]; scales in tiles, [2, ...], are of either half, which may end inside one."""
+    p, where, specs = e.joint_problem, places(config, impl, e.x_dtype), {}
+    if need_dx and where.rows != "gate_up":
+        specs |= rows_spec("d", 2 * e.H, e.x_dtype, p, config, impl)
+        if where.rows != "d":
+            specs.pop("d")
+    if need_dw and where.tokens != "gate_up":
+        specs |= tokens_spec("d_tokens", 2 * e.H, p, config, impl)
+        if impl.straight_tokens:
+            specs["d_tokens"] = TensorSpec((e.M, 2 * e.H), "bfloat16")
+            specs.pop("d_tokens_scale")
+        elif impl.scale_tiles:
+            specs["d_tokens_scale"] = scale_tiles(2, rows=e.H, C=padded_tokens(e.M, e.G))
+    return specs
+
+
+@lru_cache(maxsize=4096)
+def gradient_spec(
+    experts: Experts, config: GroupedMMConfig, device: Device, need_dx: bool = True, need_dw: bool = True
+) -> Spec:
+    """Outputs: `gradient_outputs`."""
+    e, impl = experts, select(config, device)
+    spec = Spec(gradient_outputs(e, config, impl, need_dx, need_dw))
+    if impl.gemm != "emulated" and config.format != "bf16":
+        spec.scratch.update(token_map(TOKEN_TILE, e.joint_problem))
+        if "d_tokens" in spec.outputs:
+            spec.scratch.update(maxima_spec("d_tokens", 2 * e.H, e.joint_problem, config))
+    return spec
+
+
 @lru_cache(maxsize=4096)
 def dgrad_spec(
     experts: Experts, config: GroupedMMConfig, device: Device, prepared: bool = False, amax_is_known: bool = False
 ) -> Spec:
-    """Outputs: ``dx`` [M, D] in x_dtype and, where it costs nothing, ``amax`` (`column_maxima`), for `wgrad`.
-
-    Scratch ``d``, the rows of the gradient of gate_up, may lie where dh does, if it fits. `amax_is_known`: the
-    forward's ``w13_amax`` comes with the weights.
-    """
+    """Outputs: ``dx`` [M, D] in x_dtype. `amax_is_known`: the forward's ``w13_amax`` comes with the weights."""
     e, impl = experts, select(config, device)
     spec = Spec({"dx": TensorSpec((e.M, e.D), e.x_dtype)})
     if impl.gemm == "emulated":
         return spec
-    of_gemm = pipeline.backward_spec(e.joint_problem, config, device, True, False, prepared, amax_is_known)
-    spec.scratch.update(of_gemm.scratch)
+    spec.scratch.update(
+        pipeline.backward_spec(e.joint_problem, config, device, True, False, prepared, amax_is_known).scratch
+    )
     if config.format == "bf16":
         spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
-    if gives_amax(config, e.H):
-        spec.outputs["amax"] = column_maxima(e.G, 2 * e.H)
-        spec.scratch.update(token_map(TOKEN_TILE, e.joint_problem))
+        return spec
+    for name in ("d", "d_scale"):
+        spec.scratch.pop(name, None)
     return spec
 
 
@@ -163,11 +215,8 @@ def wgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spe
     """Outputs: ``dw1`` and ``dw3`` [G, H, D] in w_dtype."""
     e = experts
     outputs = {name: TensorSpec((e.G, e.H, e.D), e.w_dtype) for name in ("dw1", "dw3")}
-    problem = e.input_problem if saves_input(config) else e.joint_problem
-    scratch = dict(pipeline.backward_spec(problem, config, device, False, True).scratch)
-    if "d_tokens_scale" in scratch and select(config, device).scale_tiles:  # H may end inside a tile
-        scratch["d_tokens_scale"] = scale_tiles(2, rows=e.H, C=padded_tokens(e.M, e.G))
-    return Spec(outputs, scratch)
+    scratch = pipeline.backward_spec(e.input_problem, config, device, False, True).scratch
+    return Spec(outputs, {name: s for name, s in scratch.items() if not name.startswith("d_tokens")})
 
 
 # --------------------------------------------------------------------------------------------------------------- calls
@@ -228,48 +277,102 @@ def _rows(call, x: torch.Tensor, outputs: Tensors, name: str):
     return call.rows_and_tokens("a", x, tokens)[0]
 
 
-def dgrad(
+def gradient(
     experts: Experts,
     config: GroupedMMConfig,
     device: Device,
     dh: torch.Tensor,
     gate_up: torch.Tensor,
+    offs: torch.Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    outputs: Tensors,
+    scratch: Tensors,
+) -> None:
+    """Of the gradient of gate_up [M, 2H], given that of h, dh [M, H], make what `dgrad` and `wgrad` multiply, those of
+    them that are needed: the outputs of `gradient_spec`, or in the `places` of dh and gate_up, which may become
+    anything if they are not."""
+    e = experts
+    if select(config, device).gemm == "emulated":
+        gate_up.copy_(emulation.swiglu_gradient(dh, gate_up))
+        return
+
+    def run() -> None:
+        if config.format == "bf16":
+            swiglu.swiglu_gradient_(dh, gate_up)
+            return
+        where, tensors = places(config, select(config, device), e.x_dtype), {**scratch, **outputs}
+        if where.rows == "dh":
+            tensors["d"] = dh.view(torch.float8_e4m3fn)
+        if where.tokens == "gate_up":
+            tensors["d_tokens"] = gate_up
+        call = Call(e.joint_problem, config, device, offs, tensors)
+        call.prepare(dh.shape[0], scratch)
+        need_tokens, tiled = need_dw and not saves_input(config), call.implementation.scale_tiles
+        if need_dx and need_tokens and not tiled:
+            call.rows_and_tokens("d", gate_up, tensors, dh)
+            return
+        if need_dx:
+            call.rows("d", gate_up, dh)
+        else:
+            swiglu.swiglu_gradient_(dh, gate_up)
+        if need_tokens and tiled:
+            halves = _halves(call, e, tensors["d_tokens"], tensors["d_tokens_scale"])
+            for d, (data, scale) in zip(gate_up.split(e.H, 1), halves, strict=True):
+                call.tokens("d", d, {"d": data, "d_scale": scale})
+        elif need_tokens:
+            call.tokens("d_tokens", gate_up, tensors)
+
+    facts = "gradient", e, config, device, need_dx, need_dw
+    with on_device(offs):
+        replayed(facts, (dh, gate_up, offs), (outputs, scratch), run)
+
+
+def dgrad(
+    experts: Experts,
+    config: GroupedMMConfig,
+    device: Device,
+    d: torch.Tensor,
+    d_scale: torch.Tensor | None,
     w13: Sequence[torch.Tensor] | Prepared,
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
     w13_amax: torch.Tensor | None = None,
 ) -> None:
-    """Put the gradient of gate_up [M, 2H] in its place, given that of h, dh [M, H]; then write the outputs of
-    `dgrad_spec`, if there are any (``outputs`` may be empty).
+    """Write the outputs of `dgrad_spec`.
 
-    `w13`: (w1, w3), or both prepared side by side (`prepare_weights`). `w13_amax`: the forward's, if it gave one.
+    Args:
+        d, d_scale: the rows that `gradient` has left, with their scale if they have one.
+        w13: (w1, w3), or both prepared side by side (`prepare_weights`).
+        w13_amax: the forward's, if it gave one.
     """
     e = experts
     if select(config, device).gemm == "emulated":
-        _emulated_dgrad(e, config, device, dh, gate_up, w13, offs, outputs)
+        joint = w13 if isinstance(w13, Prepared) else torch.cat(list(w13), 1).mT
+        pipeline.backward(e.joint_problem, config, device, d, (), joint, offs, {"dA": outputs["dx"]}, {})
         return
 
     def run() -> None:
-        swiglu.swiglu_gradient_(dh, gate_up)
-        if "dx" not in outputs:
-            return
         call = Call(e.joint_problem, config, device, offs, scratch)
-        call.prepare(dh.shape[0], scratch, outputs)
-        rows = call.rows_and_amax("d", gate_up, outputs["amax"])[0] if "amax" in outputs else call.rows("d", gate_up)
+        call.prepare(d.shape[0], scratch)
+        data = d
+        if places(config, call.implementation, e.x_dtype).rows == "dh":
+            data = d.view(torch.float8_e4m3fn)
+        rows = call.rows("d", d) if config.format == "bf16" else (data, call.rows_first(d_scale))
         weights = w13 if isinstance(w13, Prepared) else [w.mT for w in w13]
         call.grouped_mm(rows, weights, outputs["dx"], amax=w13_amax)
 
     with on_device(offs):
-        replayed(("dgrad", e, config, device), (dh, gate_up, w13, w13_amax, offs), (outputs, scratch), run)
+        replayed(("dgrad", e, config, device), (d, d_scale, w13, w13_amax, offs), (outputs, scratch), run)
 
 
 def wgrad(
     experts: Experts,
     config: GroupedMMConfig,
     device: Device,
-    d_gate_up: torch.Tensor,
-    amax: torch.Tensor | None,
+    d_tokens: torch.Tensor,
+    d_tokens_scale: torch.Tensor | None,
     x_saved: tuple[torch.Tensor, ...],
     offs: torch.Tensor,
     outputs: Tensors,
@@ -278,33 +381,30 @@ def wgrad(
     """Write the outputs of `wgrad_spec`.
 
     Args:
-        d_gate_up: [M, 2H], what `dgrad` left of gate_up.
-        amax: its output; None if there was none.
+        d_tokens, d_tokens_scale: the tokens that `gradient` has left, with their scale if they have one.
         x_saved: ``(x,)`` if `saves_input(config)`, else ``(x_tokens, x_tokens_scale)``.
     """
     e = experts
+    grads = outputs["dw1"].mT, outputs["dw3"].mT
     if select(config, device).gemm == "emulated":
-        for d, grad in zip(d_gate_up.split(e.H, 1), (outputs["dw1"].mT, outputs["dw3"].mT), strict=True):
+        for d, grad in zip(d_tokens.split(e.H, 1), grads, strict=True):
             pipeline.backward(e.input_problem, config, device, d, x_saved, grad, offs, {"dB": grad}, {})
         return
 
     def run() -> None:
-        grads = outputs["dw1"].mT, outputs["dw3"].mT
         call = Call(e.joint_problem, config, device, offs, scratch)
-        call.prepare(d_gate_up.shape[0], scratch)
+        call.prepare(e.M, scratch)
         if saves_input(config):
-            for d, grad in zip(d_gate_up.split(e.H, 1), grads, strict=True):
+            for d, grad in zip(d_tokens.split(e.H, 1), grads, strict=True):
                 call.wgrad_hp(x_saved[0], d, grad)
             return
         x, x_scale = x_saved
-        halves = _halves(call, e, d_gate_up, scratch, amax)
         a = call.saved_tokens((x, x_scale))
-        for half, grad in zip(halves, grads, strict=True):
+        for half, grad in zip(_halves(call, e, d_tokens, d_tokens_scale), grads, strict=True):
             call.wgrad(a, half, grad)
 
-    known = () if amax is None else (amax,)
     with on_device(offs):
-        replayed(("wgrad", e, config, device), (d_gate_up, known, x_saved, offs), (outputs, scratch), run)
+        replayed(("wgrad", e, config, device), (d_tokens, d_tokens_scale, x_saved, offs), (outputs, scratch), run)
 
 
 def prepare_weights(
@@ -323,19 +423,17 @@ def prepare_weights(
     return of_w1, of_w2, of_w3, of_w2_dgrad, joint
 
 
-def _halves(call: Call, e: Experts, d_gate_up: torch.Tensor, scratch: Tensors, amax: torch.Tensor | None):
-    """The wgrad operands of dg and du: parts of that of both, or each by itself where scales are in tiles, because H
-    may end inside one."""
+def _halves(call: Call, e: Experts, data: torch.Tensor, scale: torch.Tensor | None):
+    """The wgrad operands of dg and du in that of both."""
     both = slice(0, e.H), slice(e.H, 2 * e.H)
-    if call.implementation.scale_tiles:
-        data, scale = scratch["d_tokens"], scratch["d_tokens_scale"]
-        tensors = ({"d_tokens": data[own], "d_tokens_scale": scale[i]} for i, own in enumerate(both))
-        return [call.tokens("d_tokens", d_gate_up[:, own], x) for own, x in zip(both, tensors, strict=True)]
-    data, scale = call.tokens("d_tokens", d_gate_up, scratch, amax, amax is not None)
     if call.implementation.straight_tokens:
         return [(data[:, own], None) for own in both]
     assert scale is not None, "a wgrad operand in 8 bits has scales"
-    return [(data[own], scale[:, own] if call.config.format == "fp8_rowwise" else scale[own]) for own in both]
+    if call.implementation.scale_tiles:
+        return [(data[own], scale[half]) for half, own in enumerate(both)]
+    if call.config.format == "fp8_rowwise":
+        return [(data[own], scale[:, own]) for own in both]
+    return [(data[own], call.rows_first(scale)[own]) for own in both]
 
 
 @lru_cache(maxsize=4096)
@@ -363,12 +461,16 @@ def warm_up(experts: Experts, config: GroupedMMConfig, device: torch.device) -> 
         forward(e, config, view, x, w1, w2, w1, offs, outputs, scratch)
     h = x.new_zeros(small.M, e.H)
     swiglu_into(outputs["gate_up"], h)
+    where = places(config, select(config, view), e.x_dtype)
+    for needs in ((True, False), (False, True), (True, True)):
+        d, scratch = tensors(gradient_spec, *needs)
+        gradient(e, config, view, h, outputs["gate_up"], offs, *needs, d, scratch)
+    d |= {"dh": h, "gate_up": outputs["gate_up"]}
     grads, scratch = tensors(dgrad_spec)
-    dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, grads, scratch)
+    dgrad(e, config, view, d[where.rows], d.get("d_scale"), (w1, w1), offs, grads, scratch)
     saved = (x,) if saves_input(config) else (outputs["x_tokens"], outputs["x_tokens_scale"])
-    for amax in {None, grads.get("amax")}:
-        dw, scratch = tensors(wgrad_spec)
-        wgrad(e, config, view, outputs["gate_up"], amax, saved, offs, dw, scratch)
+    dw, scratch = tensors(wgrad_spec)
+    wgrad(e, config, view, d[where.tokens], d.get("d_tokens_scale"), saved, offs, dw, scratch)
     torch.cuda.synchronize(device)
 
 
@@ -376,14 +478,6 @@ def swiglu_into(gate_up: torch.Tensor, h: torch.Tensor) -> None:
     """h [M, H] = silu(g) u of gate_up [M, 2H], contiguous, on a GPU: what an input-saving config's backward needs."""
     with on_device(gate_up):
         swiglu.swiglu(gate_up, h)
-
-
-def _emulated_dgrad(e: Experts, config: GroupedMMConfig, device: Device, dh, gate_up, w13, offs, outputs: Tensors):
-    gate_up.copy_(emulation.swiglu_gradient(dh, gate_up))
-    if "dx" in outputs:
-        joint = w13 if isinstance(w13, Prepared) else torch.cat(list(w13), 1).mT
-        grads = {"dA": outputs["dx"]}
-        pipeline.backward(e.joint_problem, config, device, gate_up, (), joint, offs, grads, {})
 
 
 def _emulated_forward(config: GroupedMMConfig, x, w1, w2, w3, offs, gate_up, outputs: Tensors) -> None:

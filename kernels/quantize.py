@@ -53,6 +53,7 @@ def quantize_rows(
     *,
     map: tuple[torch.Tensor, torch.Tensor] | None = None,
     gated: bool = False,
+    dh: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
 ) -> bool:
     """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C. Returns whether `columns` was filled.
@@ -71,6 +72,8 @@ def quantize_rows(
             may then be left unwritten. Without groups (None) those of each matrix of [G, P, C], which quantizing it
             along P needs. Rows longer than LONGEST_ROW do not fill it.
         gated: x [R, 2C] stands for its SwiGLU [R, C] (`swiglu.py`).
+        dh: for "fp8_rowwise" with C up to LONGEST_ROW: x [R, C] becomes its gradient, given that of its SwiGLU, dh
+            [R, C/2] (`swiglu.py`), both contiguous. `data` may lie where a dh of its size does.
         kept: [R, C] in the dtype of x, receives that where `columns` is filled.
     """
     G, P, C = x.shape if x.ndim == 3 else (1, *x.shape)
@@ -78,13 +81,15 @@ def quantize_rows(
     strides = x.stride() if x.ndim == 3 else (0, *x.stride())
     R = G * P
     assert data.is_contiguous(), f"strides {data.stride()}: rows are written one after the other"
-    of_columns = (*columns, kept) if columns is not None and C <= LONGEST_ROW else (None, None, None)
-    fills = of_columns[0] is not None
+    fills = columns is not None and C <= LONGEST_ROW
     if R == 0:
         return fills
     if format == "fp8_rowwise":
-        launch_rows_fp8(x, strides, data, scale, *of_columns, R, P, C, programs, gated)
+        amax, groups = columns if fills else (None, None)
+        kept = x if dh is not None else kept if fills else None
+        launch_rows_fp8(x, strides, dh, data, scale, amax, groups, kept, R, P, C, programs, gated)
         return fills
+    assert dh is None, f"{format}: rows of a gradient come with its tokens"
     launch_rows_blocks(x, strides, R, P, C, format, data, scale, map, gated)
     return False
 

@@ -60,7 +60,7 @@ def rows_blocks(
     col = first + tl.arange(0, BLOCK_C)[None, :]
     mask = (row < end) & (col < C)
     x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
-    x = read(x_rows + col.to(tl.int64) * stride_xc, C * stride_xc, mask, GATED).to(tl.float32)
+    x = read(x_rows + col.to(tl.int64) * stride_xc, C * stride_xc, mask, GATED, HARDWARE).to(tl.float32)
     x = tl.reshape(x, (BLOCK_R, blocks, SIZE))
     amax = tl.max(magnitude(x), 2)
     if SCALING == "mx":
@@ -130,7 +130,7 @@ def columns_straight(
         values = ()
         for i in tl.static_range(32):
             row = (first + i).to(tl.int64)
-            x = read(x_columns + row * stride_xr, C * stride_xc, (row < end) & (col < C), GATED)
+            x = read(x_columns + row * stride_xr, C * stride_xc, (row < end) & (col < C), GATED, HARDWARE)
             values += (x,)
             amax = tl.maximum(amax, magnitude(x.to(tl.float32)))
         byte = mx_byte(amax, RCEIL)

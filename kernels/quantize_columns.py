@@ -36,7 +36,7 @@ def columns_amax(
     x_ptr, stride_xg, stride_xr, stride_xc,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C, copies,
-    GATED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     group, first, end = tile_rows(tl.program_id(0), tiles_ptr, groups_ptr, G, R, RAGGED, BLOCK_R)
     if first < end:  # not a tile past the last one
@@ -44,7 +44,7 @@ def columns_amax(
         col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = (row < end) & (col < C)[None, :]
         x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
-        amax = tl.max(magnitude(read(x_tile, C * stride_xc, mask, GATED).to(tl.float32)), 0)
+        amax = tl.max(magnitude(read(x_tile, C * stride_xc, mask, GATED, HARDWARE).to(tl.float32)), 0)
         copy = (tl.program_id(0) % copies).to(tl.int64) * G + group
         tl.atomic_max(amax_ptr + copy * C + col, amax, col < C, sem="relaxed")
 
@@ -105,7 +105,7 @@ def columns(
     values = ()
     amax = no_magnitudes((4, BLOCK_C), x_ptr.dtype.element_ty)
     for i in tl.static_range(32):
-        x = read(x_first + i * stride_xr, C * stride_xc, (i < left) & (col < C)[None, :], GATED)
+        x = read(x_first + i * stride_xr, C * stride_xc, (i < left) & (col < C)[None, :], GATED, HARDWARE)
         values += (x,)
         if SCALING != "rowwise":
             amax = larger(amax, x, HARDWARE)
@@ -201,7 +201,7 @@ def launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False)
         launch(
             columns_amax, (num_tiles, cdiv(C, 64)),
             x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
-            copies(amax), GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64,
+            copies(amax), GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64, HARDWARE=hardware(x),
         )  # fmt: skip
 
 

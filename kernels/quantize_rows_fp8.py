@@ -9,7 +9,7 @@ import triton.language as tl
 from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude
 from xmoe.kernels.launch import launch
 from xmoe.kernels.quantize_columns import copies
-from xmoe.kernels.swiglu import read
+from xmoe.kernels.swiglu import read, read_gradient
 from xmoe.kernels.tiles import cdiv
 
 LEAST_RUN = 16
@@ -20,7 +20,7 @@ LONGEST_ROW = 16384
 
 @triton.jit(do_not_specialize=["R", "P", "G", "copies"])
 def _rows_fp8(
-    x_ptr, stride_xg, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc, dh_ptr,
     data_ptr, scale_ptr, kept_ptr,
     amax_ptr, groups_ptr,
     R, P, C, G, copies,
@@ -30,7 +30,9 @@ def _rows_fp8(
     """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
     in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
     the rows that have a group, in one of `copies`; the other rows are left out. Without groups_ptr a matrix is a group.
-    What was read goes to kept_ptr, if there is one."""
+    What was read goes to kept_ptr, if there is one. With dh_ptr a row is the gradient of a SwiGLU's two halves, and
+    PIECES cover one of them. It may lie at kept_ptr and its bytes at data_ptr where its rows came from: a row is
+    written when all of it has been read."""
     RAGGED: tl.constexpr = groups_ptr is not None
     rows = R
     if RAGGED:
@@ -44,7 +46,7 @@ def _rows_fp8(
             lane = some + tl.arange(0, 128)
             group += tl.sum((tl.load(groups_ptr + lane * 4 + 1, lane < G, 0x7FFFFFFF) <= first).to(tl.int32))
     copy = 0
-    if not GATED:  # which has no register to spare
+    if not GATED and dh_ptr is None:  # which have no register to spare
         copy = tl.program_id(0) % copies
     while first < end:
         last = end
@@ -54,7 +56,7 @@ def _rows_fp8(
             last = tl.minimum(end, (group + 1) * P)
         if first < last:
             _rows_fp8_run(
-                x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr,
+                x_ptr, stride_xg, stride_xr, stride_xc, dh_ptr, data_ptr, scale_ptr, kept_ptr, amax_ptr,
                 copy * G + group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
             )  # fmt: skip
         first = last
@@ -63,43 +65,58 @@ def _rows_fp8(
 
 @triton.jit
 def _rows_fp8_run(
-    x_ptr, stride_xg, stride_xr, stride_xc, data_ptr, scale_ptr, kept_ptr, amax_ptr, line, first, last, P, C,
+    x_ptr, stride_xg, stride_xr, stride_xc, dh_ptr, data_ptr, scale_ptr, kept_ptr, amax_ptr, line, first, last, P, C,
     GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Rows first to last, all of one group; that has `line` of the maxima."""
+    HALVES: tl.constexpr = 1 if dh_ptr is None else 2
+    width = C // HALVES
     columns = ()
+    inside = ()
     largest = ()  # of each column
-    start = 0
-    for i in tl.static_range(len(PIECES)):
-        column = start + tl.arange(0, PIECES[i])
-        columns += (column,)
-        largest += (tl.zeros_like(column),)
-        start += PIECES[i]
+    for half in tl.static_range(HALVES):
+        start = 0
+        for i in tl.static_range(len(PIECES)):
+            column = start + tl.arange(0, PIECES[i])
+            columns += (half * width + column,)
+            inside += (column < width,)
+            largest += (tl.zeros_like(column),)
+            start += PIECES[i]
     for step in tl.range(0, last - first, num_stages=STAGES):
         row = first + step
         x_row = x_ptr + (row // P).to(tl.int64) * stride_xg + (row % P).to(tl.int64) * stride_xr
-        out_row = data_ptr + row.to(tl.int64) * C
+        out_row = row.to(tl.int64) * C
+        read_values = ()
+        ups = ()
+        for i in tl.static_range(len(PIECES)):
+            x_piece = x_row + columns[i].to(tl.int64) * stride_xc
+            if dh_ptr is None:
+                read_values += (read(x_piece, C * stride_xc, inside[i], GATED, HARDWARE),)
+            else:
+                dh_piece = dh_ptr + row.to(tl.int64) * width + columns[i]
+                gate, up = read_gradient(dh_piece, x_piece, width * stride_xc, inside[i], HARDWARE)
+                read_values += (gate,)
+                ups += (up,)
+        read_values += ups
         amax = tl.zeros((), tl.int32)
         values = ()
         seen = ()
-        for i in tl.static_range(len(PIECES)):
-            x_piece = x_row + columns[i].to(tl.int64) * stride_xc
-            x = read(x_piece, C * stride_xc, columns[i] < C, GATED)
+        for i in tl.static_range(len(columns)):
             if kept_ptr is not None:
-                tl.store(kept_ptr + row.to(tl.int64) * C + columns[i], x, columns[i] < C)
-            x = x.to(tl.float32)
+                tl.store(kept_ptr + out_row + columns[i], read_values[i], inside[i])
+            x = read_values[i].to(tl.float32)
             values += (x,)
             amax = tl.maximum(amax, tl.max(magnitude(x), 0))
             if AMAX:
                 seen += (tl.maximum(largest[i], magnitude(x)),)
         if AMAX:
             largest = seen
-        for i in tl.static_range(len(PIECES)):
-            tl.store(out_row + columns[i], encode(values[i] * fp8_inverse(amax), HARDWARE), columns[i] < C)
+        for i in tl.static_range(len(columns)):
+            tl.store(data_ptr + out_row + columns[i], encode(values[i] * fp8_inverse(amax), HARDWARE), inside[i])
         tl.store(scale_ptr + row, fp8_scale(amax))
     if AMAX:
-        for i in tl.static_range(len(PIECES)):
-            tl.atomic_max(amax_ptr + line.to(tl.int64) * C + columns[i], largest[i], columns[i] < C, sem="relaxed")
+        for i in tl.static_range(len(columns)):
+            tl.atomic_max(amax_ptr + line.to(tl.int64) * C + columns[i], largest[i], inside[i], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -116,11 +133,11 @@ def _long_rows_fp8(
     amax = tl.zeros((), tl.int32)
     for first in range(0, C, BLOCK_C):
         c = first + column
-        x = read(x_row + c.to(tl.int64) * stride_xc, C * stride_xc, c < C, GATED).to(tl.float32)
+        x = read(x_row + c.to(tl.int64) * stride_xc, C * stride_xc, c < C, GATED, HARDWARE).to(tl.float32)
         amax = tl.maximum(amax, tl.max(magnitude(x), 0))
     for first in range(0, C, BLOCK_C):
         c = first + column
-        x = read(x_row + c.to(tl.int64) * stride_xc, C * stride_xc, c < C, GATED).to(tl.float32)
+        x = read(x_row + c.to(tl.int64) * stride_xc, C * stride_xc, c < C, GATED, HARDWARE).to(tl.float32)
         tl.store(data_ptr + row * C + c, encode(x * fp8_inverse(amax), HARDWARE), c < C)
     tl.store(scale_ptr + row, fp8_scale(amax))
 
@@ -132,7 +149,9 @@ def row_pieces(C: int) -> tuple[int, ...]:
     return (first, 1 << (C - first - 1).bit_length()) if first < C else (first,)
 
 
-def row_schedule(pieces: tuple[int, ...], element_size: int, gated: bool) -> tuple[int, int, int]:
+def row_schedule(
+    pieces: tuple[int, ...], element_size: int, gated: bool = False, gradient: bool = False
+) -> tuple[int, int, int]:
     """(warps, programs a multiprocessor, stages: rows on their way from memory) of `_rows_fp8`.
 
     With column maxima on an H200, in us: eight warps a multiprocessor [128000, 5120] 486 (twelve: 520), [128000, 8192]
@@ -143,26 +162,30 @@ def row_schedule(pieces: tuple[int, ...], element_size: int, gated: bool) -> tup
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
     if gated:
         return (8, 2, 1) if elements > 4096 else (warps, 12 // warps, 2)
+    if gradient:
+        warps = next((w for w in (1, 2, 4) if elements <= 512 * w), 8)
+        return warps, 16 // warps, 1
     stages = 4 if row_bytes < 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
     return warps, 8 // warps, stages
 
 
-def launch_rows_fp8(x, strides, data, scale, amax, groups, kept, R, P, C, programs, gated):
+def launch_rows_fp8(x, strides, dh, data, scale, amax, groups, kept, R, P, C, programs, gated):
     if C > LONGEST_ROW:
+        assert dh is None, f"rows of {C}: a gradient is found in rows of up to {LONGEST_ROW}"
         launch(
             _long_rows_fp8, (R,), x, *strides, data.view(torch.int8), scale, P, C,
             GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x),
         )  # fmt: skip
         return
-    pieces = row_pieces(C)
-    warps, programs_each, stages = row_schedule(pieces, x.element_size(), gated)
+    pieces = row_pieces(C if dh is None else C // 2)
+    warps, programs_each, stages = row_schedule(pieces, x.element_size(), gated, dh is not None)
     G = 1 if groups is None else groups.shape[0] - 1
     count = programs * programs_each
     if amax is not None:
         count = min(count, max(programs, cdiv(R, LEAST_RUN)))
     launch(
         _rows_fp8, (count,),
-        x, *strides, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G, copies(amax),
+        x, *strides, dh, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G, copies(amax),
         GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip

@@ -128,7 +128,7 @@ def weights_spec(
     return specs
 
 
-def _rows(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, impl: Implementation):
+def rows_spec(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, impl: Implementation):
     if config.format == "bf16":
         return {} if dtype == "bfloat16" else {name: TensorSpec((p.M, C), "bfloat16")}
     specs = _operand(name, (p.M,), C, config.format, impl.elements, impl.warp_specialized)
@@ -137,7 +137,7 @@ def _rows(name: str, C: int, dtype: str, p: Problem, config: GroupedMMConfig, im
     return specs
 
 
-def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, impl: Implementation) -> dict[str, TensorSpec]:
+def tokens_spec(name: str, C: int, p: Problem, config: GroupedMMConfig, impl: Implementation) -> dict[str, TensorSpec]:
     """The wgrad operand, in 8 bits."""
     Mp = padded_tokens(p.M, p.G)
     if impl.straight_tokens:
@@ -151,7 +151,7 @@ def _tokens(name: str, C: int, p: Problem, config: GroupedMMConfig, impl: Implem
     return specs
 
 
-def _tokens_scratch(name: str, C: int, p: Problem, config: GroupedMMConfig) -> dict[str, TensorSpec]:
+def maxima_spec(name: str, C: int, p: Problem, config: GroupedMMConfig) -> dict[str, TensorSpec]:
     return {f"{name}_amax": column_maxima(p.G, C)} if config.format == "fp8_rowwise" else {}
 
 
@@ -196,7 +196,7 @@ def forward_outputs(
     backward a pass over the weights."""
     outputs = {"out": TensorSpec((p.M, p.N), p.out_dtype)}
     if save_tokens and not saves_input(config):
-        outputs |= _tokens("a_tokens", p.K, p, config, impl)
+        outputs |= tokens_spec("a_tokens", p.K, p, config, impl)
     if save_amax and finds_maxima(config, impl, p.K):
         outputs["b_amax"] = TensorSpec((p.G, p.K), "int32")
     return outputs
@@ -217,8 +217,8 @@ def forward_spec(
     if impl.gemm == "emulated":
         return spec
     if "a_tokens" in spec.outputs:
-        spec.scratch.update(_tokens_scratch("a_tokens", p.K, p, config) | token_map(TOKEN_TILE, p))
-    spec.scratch.update(_rows("a", p.K, p.a_dtype, p, config, impl))
+        spec.scratch.update(maxima_spec("a_tokens", p.K, p, config) | token_map(TOKEN_TILE, p))
+    spec.scratch.update(rows_spec("a", p.K, p.a_dtype, p, config, impl))
     if not prepared:
         spec.scratch.update(weights_spec(p.N, p.K, p, config, impl))
     if "b_amax" in spec.outputs:
@@ -248,7 +248,7 @@ def backward_spec(
     if impl.gemm == "emulated":
         return spec
     if need_dA:
-        spec.scratch.update(_rows("d", p.N, p.out_dtype, p, config, impl))
+        spec.scratch.update(rows_spec("d", p.N, p.out_dtype, p, config, impl))
         if not prepared:
             spec.scratch.update(weights_spec(p.K, p.N, p, config, impl))
         if amax_is_known:
@@ -264,7 +264,7 @@ def backward_spec(
             spec.scratch["a_tokens_bf16"] = TensorSpec((p.M, p.K), "bfloat16")
             spec.scratch["d_tokens"] = TensorSpec((p.M, p.N), "bfloat16")
         else:
-            spec.scratch.update(_tokens("d_tokens", p.N, p, config, impl) | _tokens_scratch("d_tokens", p.N, p, config))
+            spec.scratch.update(tokens_spec("d_tokens", p.N, p, config, impl) | maxima_spec("d_tokens", p.N, p, config))
         if "d_tokens" in spec.scratch:
             spec.scratch.pop("d", None)  # dead when d_tokens are written, and no larger
     return spec
@@ -286,22 +286,18 @@ def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str,
 
 
 class Layout:
-    """Where each tensor of some specs lies in one piece of memory; those `elsewhere`, at the start of another tensor's;
-    groups that take `turns`, on the same stretch. Equal to itself alone."""
+    """Where each tensor of some specs lies in one piece of memory; groups that take `turns`, on the same stretch. Equal
+    to itself alone."""
 
     ALIGNMENT = 256
     """Bytes. TMA asks for 16."""
 
-    def __init__(
-        self, specs: Mapping[str, TensorSpec], elsewhere: Sequence[str] = (), turns: Sequence[Sequence[str]] = ()
-    ):
+    def __init__(self, specs: Mapping[str, TensorSpec], turns: Sequence[Sequence[str]] = ()):
         self.places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
         """Name -> (first byte, byte past the last, shape, dtype)."""
-        apart = {*elsewhere, *(name for group in turns for name in group)}
+        apart = {name for group in turns for name in group}
         first = self._place(specs, [name for name in specs if name not in apart], 0)
         self.bytes = max([first, *(self._place(specs, [n for n in group if n in specs], first) for group in turns)])
-        for name in elsewhere:
-            self._place(specs, [name], 0)
 
     def _place(self, specs: Mapping[str, TensorSpec], names: Sequence[str], start: int) -> int:
         """One after the other from `start` on; the first byte free after them."""
@@ -317,9 +313,8 @@ class Arena(Mapping[str, torch.Tensor]):
     """Uninitialised tensors by a layout: one allocation, and a view for each that is asked for. (An allocation takes
     2 us of host time, a view 3; `xmoe.kernels.replay` asks for none.)"""
 
-    def __init__(self, layout: Layout, device: torch.device, elsewhere: Tensors | None = None):
-        """`elsewhere`: the tensors, contiguous, on whose memory those that the layout has elsewhere lie."""
-        self.layout, self._elsewhere = layout, elsewhere or {}
+    def __init__(self, layout: Layout, device: torch.device):
+        self.layout = layout
         self.memory = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
         self._views: dict[str, torch.Tensor] = {}
 
@@ -327,8 +322,7 @@ class Arena(Mapping[str, torch.Tensor]):
         view = self._views.get(name)
         if view is None:
             start, end, shape, dtype = self.layout.places[name]
-            memory = self.memory if name not in self._elsewhere else self._elsewhere[name].view(torch.uint8).flatten()
-            view = self._views[name] = memory[start:end].view(dtype).view(shape)
+            view = self._views[name] = self.memory[start:end].view(dtype).view(shape)
         return view
 
     def __contains__(self, name: object) -> bool:

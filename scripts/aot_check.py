@@ -85,8 +85,8 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
                 yield Case(f"rows_fp8[{dtype},{pieces},amax={amax}]", quantize_rows_fp8._rows_fp8,
                            x | {"data_ptr": i8, "scale_ptr": f32, "amax_ptr": i32, "groups_ptr": i32},
                            ({} if amax else {"amax_ptr": None}) | ({} if amax == "of groups" else {"groups_ptr": None})
-                           | {"kept_ptr": None, "stride_xc": 1, "AMAX": bool(amax), "PIECES": pieces, "STAGES": stages,
-                              "HARDWARE": 2},
+                           | {"kept_ptr": None, "dh_ptr": None, "stride_xc": 1, "AMAX": bool(amax), "PIECES": pieces,
+                              "STAGES": stages, "HARDWARE": 2},
                            sm, warps, divisible=("stride_xg", "stride_xr", "C"))  # fmt: skip
         yield Case(f"long_rows_fp8[{dtype}]", quantize_rows_fp8._long_rows_fp8, x | {"data_ptr": i8, "scale_ptr": f32},
                    {"stride_xc": 1, "BLOCK_C": 4096, "HARDWARE": 2}, sm, divisible=("stride_xr", "C"))  # fmt: skip
@@ -123,7 +123,7 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
             maps = {"tiles_ptr": i32, "groups_ptr": i32, "amax_ptr": i32}
             yield Case(f"columns_amax[{dtype},ragged={ragged}]", quantize_columns.columns_amax, x | maps,
                        ({} if ragged else {"tiles_ptr": None, "groups_ptr": None})
-                       | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64},
+                       | {"stride_xc": 1, "RAGGED": ragged, "BLOCK_R": TOKEN_TILE, "BLOCK_C": 64, "HARDWARE": 2},
                        sm, divisible=("stride_xr", "C"))  # fmt: skip
             rowwise = blockwise | {"SCALING": "rowwise", "SCALE_TILES": False}
             yield columns_case(f"{dtype},rowwise,ragged={ragged}", x | {"scale_ptr": f32}, rowwise, ragged, sm)
@@ -135,8 +135,8 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
         yield Case(f"rows_and_tokens[{label}]", quantize_both.rows_and_tokens,
                    {"x_ptr": "*bf16", "rows_scale_ptr": f32, "scale_ptr": f32} | data
                    | {"tiles_ptr": i32, "groups_ptr": i32},
-                   {"SCALING": scaling, "RCEIL": rceil, "stride_xc": 1, "BLOCK_C": quantize_both.BLOCK_C, "HARDWARE": 2}
-                   | ({"rows_scale_ptr": None} if mx else {}),
+                   {"SCALING": scaling, "RCEIL": rceil, "dh_ptr": None, "stride_xc": 1,
+                    "BLOCK_C": quantize_both.BLOCK_C, "HARDWARE": 2} | ({"rows_scale_ptr": None} if mx else {}),
                    sm, divisible=("stride_xr", "stride_dc", "C"))  # fmt: skip
     yield Case("dequantize_straight", quantize_blocks.dequantize_straight,
                {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16", "tiles_ptr": i32, "groups_ptr": i32},
@@ -146,9 +146,9 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
 def swiglu_cases(sm: int) -> Iterator[Case]:
     for dtype in ("*bf16", "*fp32"):
         yield Case(f"swiglu[{dtype}]", swiglu._swiglu, {"gate_up_ptr": dtype, "out_ptr": dtype},
-                   {"BLOCK": swiglu.BLOCK}, sm, divisible=("H",))  # fmt: skip
+                   {"BLOCK": swiglu.BLOCK, "HARDWARE": 2}, sm, divisible=("H",))  # fmt: skip
         yield Case(f"swiglu_gradient[{dtype}]", swiglu._swiglu_gradient, {"dh_ptr": dtype, "gate_up_ptr": dtype},
-                   {"BLOCK": swiglu.BLOCK}, sm, divisible=("H",))  # fmt: skip
+                   {"BLOCK": swiglu.BLOCK, "HARDWARE": 2}, sm, divisible=("H",))  # fmt: skip
 
 
 def rows_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
@@ -175,10 +175,17 @@ def gated(case: Case) -> Iterator[Case]:
         yield case
         return
     if case.kernel is quantize_both.rows_and_tokens:
-        for gate in (False, True):
-            block_r, rows, registers = quantize_both.schedule(case.constants["SCALING"], gate)
-            constants = case.constants | {"GATED": gate, "BLOCK_R": block_r, "ROWS": rows}
-            yield replace(case, name=case.name + ",gated" * gate, constants=constants, warps=block_r // rows,
+        mx = case.constants["SCALING"] == "mx"
+        for source in ("", ",gated", ",gradient", *[",gradient in place"] * mx):
+            gate, gradient = source == ",gated", source.startswith(",gradient")
+            block_r, rows, registers = quantize_both.schedule(case.constants["SCALING"], gate, gradient)
+            constants, types = case.constants | {"GATED": gate, "BLOCK_R": block_r, "ROWS": rows}, case.types
+            if gradient:
+                constants.pop("dh_ptr")
+                types = types | {"dh_ptr": "*bf16"}
+            if source.endswith("in place"):
+                types, constants = types | {"data_ptr": "*bf16"}, constants | {"scale_ptr": None}
+            yield replace(case, name=case.name + source, types=types, constants=constants, warps=block_r // rows,
                           registers=registers, spills=192 if registers else 0)  # fmt: skip
         return
     yield replace(case, constants=case.constants | {"GATED": False})
@@ -189,17 +196,24 @@ def gated(case: Case) -> Iterator[Case]:
         if case.kernel is quantize_blocks.columns_straight:
             constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
         if case.kernel is quantize_rows_fp8._rows_fp8:
-            warps, _, constants["STAGES"] = quantize_rows_fp8.row_schedule(constants["PIECES"], size, True)
+            pieces = constants["PIECES"]
+            warps, _, constants["STAGES"] = quantize_rows_fp8.row_schedule(pieces, size, True)
             case = replace(case, warps=warps)
             if constants["AMAX"]:
                 constants.pop("kept_ptr")
                 case = replace(case, types=case.types | {"kept_ptr": case.types["x_ptr"]})
+            if 2 * sum(pieces) <= quantize_rows_fp8.LONGEST_ROW:
+                warps, _, stages = quantize_rows_fp8.row_schedule(pieces, size, gradient=True)
+                types = case.types | dict.fromkeys(("dh_ptr", "kept_ptr"), case.types["x_ptr"])
+                of_gradient = {name: value for name, value in case.constants.items() if name not in types}
+                yield replace(case, name=f"{case.name},gradient", warps=warps, types=types,
+                              constants=of_gradient | {"GATED": False, "STAGES": stages})  # fmt: skip
         yield replace(case, name=f"{case.name},gated", constants=constants)
 
 
 def with_cast(case: Case) -> Case:
     """The quantizer as it is launched: with the cast instruction that makes e4m3 of its input, if it has one."""
-    if "HARDWARE" not in case.constants or "x_ptr" not in case.types:
+    if "HARDWARE" not in case.constants or "x_ptr" not in case.types or case.kernel is quantize_columns.columns_amax:
         return case
     if case.sm != 89:
         return replace(case, instructions=(r"cvt\.rn\.satfinite\.e4m3x2\.f32",))

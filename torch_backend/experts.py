@@ -1,10 +1,10 @@
-"""SwiGLU experts as one differentiable op: ``xmoe::swiglu_experts_forward``, ``…_dgrad`` and ``…_wgrad``.
+"""SwiGLU experts as one differentiable op: ``xmoe::swiglu_experts_forward``, ``…_gradient``, ``…_dgrad`` and
+``…_wgrad``.
 
 M = tokens, D = model width, H = hidden width of an expert, G = experts. What the stages do, and what they save beside
 three grouped GEMMs, is in `xmoe.kernels.experts`.
 """
 
-import math
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -17,7 +17,6 @@ from torch import Tensor
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import emulation, experts, pipeline
 from xmoe.kernels.dispatch import Device
-from xmoe.kernels.specs import column_maxima
 from xmoe.operands import FEATURE_MULTIPLE, whole_blocks
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key
 from xmoe.torch_backend.ops import (
@@ -114,8 +113,6 @@ class _Plan(NamedTuple):
     view: Device
     outputs: Specs
     scratch: pipeline.Layout | None
-    d_in_dh: bool = False
-    """Whether the scratch ``d`` of the dgrad lies on the memory of dh."""
 
 
 class _Argument(NamedTuple):
@@ -170,23 +167,22 @@ def _experts(
 @lru_cache(maxsize=4096)
 def _plan(
     stage: str, M: int, w1_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, device: torch.device,
-    key: str, save: bool = True, prepared: bool = False, amax_is_known: bool = False,
+    key: str, *flags: bool,
 ) -> _Plan:  # fmt: skip
+    """`flags`: as the stage's spec takes them."""
     config = config_from_key(key)
     e = _experts(M, w1_shape, x_dtype, w_dtype, config)
     view = pipeline.device_of(device.type, device.index)
-    if stage == "forward":
-        spec = experts.forward_spec(e, config, view, save, prepared)
-    elif stage == "dgrad":
-        spec = experts.dgrad_spec(e, config, view, prepared, amax_is_known)
-    else:
-        spec = experts.wgrad_spec(e, config, view)
-    outputs = as_torch(spec.outputs)
-    if stage == "dgrad" and "d" in spec.scratch:
-        d = spec.scratch["d"]
-        if math.prod(d.shape) * getattr(torch, d.dtype).itemsize <= M * w1_shape[1] * x_dtype.itemsize:
-            return _Plan(e, config, view, outputs, pipeline.Layout(spec.scratch, elsewhere=("d",)), d_in_dh=True)
-    return _Plan(e, config, view, outputs, layout(spec))
+    spec = _SPECS[stage](e, config, view, *flags)
+    return _Plan(e, config, view, as_torch(spec.outputs), layout(spec))
+
+
+_SPECS: dict[str, Any] = {
+    "forward": experts.forward_spec,
+    "gradient": experts.gradient_spec,
+    "dgrad": experts.dgrad_spec,
+    "wgrad": experts.wgrad_spec,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------- ops
@@ -198,17 +194,23 @@ LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    "swiglu_experts_dgrad(Tensor(a!) dh, Tensor(b!) gate_up, Tensor w1, Tensor w3, Tensor offs, str config_key, "
-    "bool need_dx, Tensor[]? prepared=None, Tensor? w13_amax=None) -> (Tensor, Tensor)",
+    "swiglu_experts_gradient(Tensor(a!) dh, Tensor(b!) gate_up, Tensor w1, Tensor offs, str config_key, "
+    "bool need_dx, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    "swiglu_experts_wgrad(Tensor d_gate_up, Tensor amax, Tensor[] x_saved, Tensor w1, Tensor offs, str config_key) "
-    "-> (Tensor, Tensor)",
+    "swiglu_experts_dgrad(Tensor d, Tensor d_scale, Tensor w1, Tensor w3, Tensor offs, str config_key, "
+    "ScalarType x_dtype, Tensor[]? prepared=None, Tensor? w13_amax=None) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "swiglu_experts_wgrad(Tensor d_tokens, Tensor d_tokens_scale, Tensor[] x_saved, Tensor w1, Tensor offs, "
+    "str config_key, ScalarType x_dtype, SymInt M) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define("swiglu(Tensor gate_up) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
+_GRADIENT = ("d", "d_scale", "d_tokens", "d_tokens_scale")
 _SAVED = ("gate_up", "x_tokens", "x_tokens_scale", "h_tokens", "h_tokens_scale", "w13_amax", "w2_amax")
 
 
@@ -239,7 +241,7 @@ def swiglu_experts_forward(
     x = aligned(x.contiguous())
     b1, b2, b3 = _unpack(prepared, 3) if prepared else (aligned(w.contiguous()) for w in (w1, w2, w3))
     experts.forward(plan.experts, plan.config, plan.view, x, b1, b2, b3, offs.contiguous(), outputs, scratch)
-    return outputs["out"], *(outputs[name] if name in outputs else x.new_empty(0) for name in _SAVED)
+    return outputs["out"], *_named(_SAVED, outputs, x)
 
 
 def _unpack(tensors: Sequence[Tensor], operands: int) -> list[Any]:
@@ -265,71 +267,97 @@ def _(
     e = _experts(x.shape[0], w1.shape, x.dtype, w1.dtype, config)
     specs = experts.forward_outputs(e, config, fake_implementation(config, x.device), save, bool(prepared))
     outputs = allocate(as_torch(specs), x.device)
-    return outputs["out"], *(outputs[name] if name in outputs else x.new_empty(0) for name in _SAVED)
+    return outputs["out"], *_named(_SAVED, outputs, x)
+
+
+@torch.library.impl(LIBRARY, "swiglu_experts_gradient", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def swiglu_experts_gradient(
+    dh: Tensor, gate_up: Tensor, w1: Tensor, offs: Tensor, config_key: str, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(d, d_scale, d_tokens, d_tokens_scale)`` (``experts.gradient_outputs``); empty [0] those that are not needed or
+    not there. The others are in place of dh [M, H] or gate_up [M, 2H] (``experts.places``), both contiguous, which may
+    become anything."""
+    assert dh.is_contiguous(), f"dh has strides {dh.stride()}: its memory is used again"
+    assert gate_up.is_contiguous(), f"gate_up has strides {gate_up.stride()}: its memory is used again"
+    plan = _plan("gradient", dh.shape[0], w1.shape, dh.dtype, w1.dtype, dh.device, config_key, need_dx, need_dw)
+    outputs, scratch = allocate(plan.outputs, dh.device), arena(plan.scratch, dh.device)
+    needs = need_dx, need_dw
+    experts.gradient(plan.experts, plan.config, plan.view, dh, gate_up, offs.contiguous(), *needs, outputs, scratch)
+    return _named(_GRADIENT, outputs, dh)
+
+
+def _named(names: Sequence[str], outputs: dict[str, Tensor], like: Tensor) -> Any:
+    return tuple(outputs[name] if name in outputs else like.new_empty(0) for name in names)
+
+
+@torch.library.register_fake("xmoe::swiglu_experts_gradient", lib=LIBRARY)
+def _(
+    dh: Tensor, gate_up: Tensor, w1: Tensor, offs: Tensor, config_key: str, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    config = config_from_key(config_key)
+    e = _experts(dh.shape[0], w1.shape, dh.dtype, w1.dtype, config)
+    specs = experts.gradient_outputs(e, config, fake_implementation(config, dh.device), need_dx, need_dw)
+    return _named(_GRADIENT, allocate(as_torch(specs), dh.device), dh)
 
 
 @torch.library.impl(LIBRARY, "swiglu_experts_dgrad", "CompositeExplicitAutograd")
 @torch._disable_dynamo
 def swiglu_experts_dgrad(
-    dh: Tensor,
-    gate_up: Tensor,
+    d: Tensor,
+    d_scale: Tensor,
     w1: Tensor,
     w3: Tensor,
     offs: Tensor,
     config_key: str,
-    need_dx: bool,
+    x_dtype: torch.dtype,
     prepared: Sequence[Tensor] | None = None,
     w13_amax: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``(dx [M, D], amax)``, empty [0] without `need_dx`. gate_up [M, 2H] becomes its gradient, dh [M, H] scratch.
-    ``w13_amax``: the forward's, of the same values of w1 and w3, or nothing."""
-    flags = {"prepared": bool(prepared), "amax_is_known": w13_amax is not None}
-    plan = _plan("dgrad", dh.shape[0], w1.shape, dh.dtype, w1.dtype, dh.device, config_key, **flags)
-    if not need_dx:
-        experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, (w1, w3), offs, {}, {})
-        return dh.new_empty(0), dh.new_empty(0)
-    outputs, dh = allocate(plan.outputs, dh.device), dh.contiguous()
-    scratch = {} if plan.scratch is None else pipeline.Arena(plan.scratch, dh.device, {"d": dh} if plan.d_in_dh else {})
+) -> Tensor:
+    """dx [M, D] from the rows that `swiglu_experts_gradient` has left. ``w13_amax``: the forward's, of the same values
+    of w1 and w3, or nothing."""
+    flags = bool(prepared), w13_amax is not None
+    plan = _plan("dgrad", d.shape[0], w1.shape, x_dtype, w1.dtype, d.device, config_key, *flags)
+    outputs, scratch = allocate(plan.outputs, d.device), arena(plan.scratch, d.device)
     w13 = unpack(prepared) if prepared else [aligned(w.contiguous()) for w in (w1, w3)]
-    experts.dgrad(plan.experts, plan.config, plan.view, dh, gate_up, w13, offs.contiguous(), outputs, scratch, w13_amax)
-    return outputs["dx"], outputs["amax"] if "amax" in outputs else dh.new_empty(0)
+    scale = d_scale if d_scale.numel() else None
+    experts.dgrad(plan.experts, plan.config, plan.view, d, scale, w13, offs.contiguous(), outputs, scratch, w13_amax)
+    return outputs["dx"]
 
 
 @torch.library.register_fake("xmoe::swiglu_experts_dgrad", lib=LIBRARY)
 def _(
-    dh: Tensor, gate_up: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, need_dx: bool, *prepared: Any
-) -> tuple[Tensor, Tensor]:
-    if not need_dx:
-        return dh.new_empty(0), dh.new_empty(0)
-    config, (G, H, D) = config_from_key(config_key), w1.shape
-    dx = dh.new_empty(dh.shape[0], D)
-    kernels = fake_implementation(config, dh.device).gemm != "emulated"
-    known = kernels and experts.gives_amax(config, H)
-    return dx, dh.new_empty(column_maxima(G, 2 * H).shape, dtype=torch.int32) if known else dh.new_empty(0)
+    d: Tensor, d_scale: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, x_dtype: torch.dtype, *_: Any
+) -> Tensor:
+    return d.new_empty(d.shape[0], w1.shape[2], dtype=x_dtype)
 
 
 @torch.library.impl(LIBRARY, "swiglu_experts_wgrad", "CompositeExplicitAutograd")
 @torch._disable_dynamo
 def swiglu_experts_wgrad(
-    d_gate_up: Tensor, amax: Tensor, x_saved: Sequence[Tensor], w1: Tensor, offs: Tensor, config_key: str
+    d_tokens: Tensor,
+    d_tokens_scale: Tensor,
+    x_saved: Sequence[Tensor],
+    w1: Tensor,
+    offs: Tensor,
+    config_key: str,
+    x_dtype: torch.dtype,
+    M: int,
 ) -> tuple[Tensor, Tensor]:
-    """``(dw1, dw3)`` [G, H, D] in the dtype of w1, from what `swiglu_experts_dgrad` has made of gate_up."""
-    plan = _plan("wgrad", d_gate_up.shape[0], w1.shape, d_gate_up.dtype, w1.dtype, d_gate_up.device, config_key)
-    outputs, scratch = allocate(plan.outputs, d_gate_up.device), arena(plan.scratch, d_gate_up.device)
+    """``(dw1, dw3)`` [G, H, D] in the dtype of w1, from the tokens that `swiglu_experts_gradient` has left."""
+    plan = _plan("wgrad", M, w1.shape, x_dtype, w1.dtype, d_tokens.device, config_key)
+    outputs, scratch = allocate(plan.outputs, d_tokens.device), arena(plan.scratch, d_tokens.device)
     saved = tuple(x_saved)
     if pipeline.saves_input(plan.config):
         saved = tuple(aligned(x.contiguous()) for x in saved)
-    known = amax if amax.numel() else None
-    experts.wgrad(
-        plan.experts, plan.config, plan.view, aligned(d_gate_up.contiguous()), known, saved, offs.contiguous(), outputs,
-        scratch,
-    )  # fmt: skip
+    scale = d_tokens_scale if d_tokens_scale.numel() else None
+    experts.wgrad(plan.experts, plan.config, plan.view, d_tokens, scale, saved, offs.contiguous(), outputs, scratch)
     return outputs["dw1"], outputs["dw3"]
 
 
 @torch.library.register_fake("xmoe::swiglu_experts_wgrad", lib=LIBRARY)
 def _(
-    d_gate_up: Tensor, amax: Tensor, x_saved: Sequence[Tensor], w1: Tensor, offs: Tensor, config_key: str
+    d_tokens: Tensor, d_tokens_scale: Tensor, x_saved: Sequence[Tensor], w1: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(w1.shape, dtype=w1.dtype, device=w1.device) for _ in range(2))  # type: ignore[return-value]
 
@@ -354,9 +382,16 @@ def _(gate_up: Tensor) -> Tensor:
 
 
 _forward_op = torch.ops.xmoe.swiglu_experts_forward.default
+_gradient_op = torch.ops.xmoe.swiglu_experts_gradient.default
 _dgrad_op = torch.ops.xmoe.swiglu_experts_dgrad.default
 _wgrad_op = torch.ops.xmoe.swiglu_experts_wgrad.default
 _swiglu_op = torch.ops.xmoe.swiglu.default
+
+
+@torch.compiler.assume_constant_result
+def _places(config_key: str, device: torch.device, x_dtype: torch.dtype) -> experts.Places:
+    config = config_from_key(config_key)
+    return experts.places(config, fake_implementation(config, device), DTYPES[x_dtype])
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -430,11 +465,22 @@ class _SwigluExperts(torch.autograd.Function):
         dh, dw2 = backward(dout, h_saved, w2.mT, offs, key, gate_up.dtype, need_dh, need_dw2, of_w2, ctx.w2_amax)
         del h_saved
         if need_dh:
-            args = dh, gate_up, w1, w3, offs, key, need_dx, of_w13, ctx.w13_amax
-            dx, amax = direct(_dgrad_op, swiglu_experts_dgrad, *args)
-            del dh, args
+            M, x_dtype = gate_up.shape[0], gate_up.dtype
+            args = dh, gate_up, w1, offs, key, need_dx, need_dw13
+            left = dict(zip(_GRADIENT, direct(_gradient_op, swiglu_experts_gradient, *args), strict=True))
+            left |= {"dh": dh, "gate_up": gate_up}
+            where = _places(key, gate_up.device, x_dtype)
+            d, d_scale, d_tokens = left[where.rows], left["d_scale"], left[where.tokens]
+            d_tokens_scale = left["d_tokens_scale"]
+            del dh, gate_up, args, left
+            if need_dx:
+                args = d, d_scale, w1, w3, offs, key, x_dtype, of_w13, ctx.w13_amax
+                dx = direct(_dgrad_op, swiglu_experts_dgrad, *args)
+                del args
+            del d, d_scale
             if need_dw13:
-                dw1, dw3 = direct(_wgrad_op, swiglu_experts_wgrad, gate_up, amax, x_saved, w1, offs, key)
+                args = d_tokens, d_tokens_scale, x_saved, w1, offs, key, x_dtype, M
+                dw1, dw3 = direct(_wgrad_op, swiglu_experts_wgrad, *args)
         return (
             dx if need_dx else None, dw1 if need_dw1 else None, dw2.mT if need_dw2 else None,
             dw3 if need_dw3 else None, None, None, None, None,

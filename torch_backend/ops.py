@@ -250,8 +250,8 @@ def k_is_contiguous(B: Tensor) -> bool:
 
 def fake_implementation(config: GroupedMMConfig, device: torch.device) -> Implementation:
     """What a tensor that is said to be on `device` would get."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return select(config, pipeline.device_of("cuda", device.index))
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
+        return select(config, pipeline.device_of(device.type, device.index))
     return select(dataclasses.replace(config, kernel_preference=KernelPreference.EMULATED), Device("meta"))
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.kernels.fake_cuda import CPU, FakeCuda, pretend
 from xmoe import config_from_recipe
 from xmoe.kernels import experts, pipeline
-from xmoe.kernels.dispatch import Device
+from xmoe.kernels.dispatch import Device, select
 
 launches: set[tuple[str, str, str]] = set()
 binders: dict[jit.JITFunction, object] = {}
@@ -77,10 +77,16 @@ def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
     grads["dB"] = grads["dB"].view(e.G, e.D, e.H).mT
     dout = torch.zeros(e.M, e.D, dtype=out)
     pipeline.backward(e.output_problem, config, view, dout, h_saved, w2.mT, offs, grads, scratch, w2_amax)
+    where = experts.places(config, select(config, view), e.x_dtype)
+    left, scratch = tensors(experts.gradient_spec(e, config, view))
+    experts.gradient(e, config, view, h, outputs["gate_up"], offs, True, True, left, scratch)
+    left |= {"dh": h, "gate_up": outputs["gate_up"]}
     dx, scratch = tensors(experts.dgrad_spec(e, config, view, amax_is_known=w13_amax is not None))
-    experts.dgrad(e, config, view, h, outputs["gate_up"], (w1, w1), offs, dx, scratch, w13_amax)
+    d, weights = (left[where.rows], left.get("d_scale")), (w1, w1)
+    experts.dgrad(e, config, view, *d, weights, offs, dx, scratch, w13_amax)
     dw, scratch = tensors(experts.wgrad_spec(e, config, view))
-    experts.wgrad(e, config, view, outputs["gate_up"], dx.get("amax"), x_saved, offs, dw, scratch)
+    d = left[where.tokens], left.get("d_tokens_scale")
+    experts.wgrad(e, config, view, *d, x_saved, offs, dw, scratch)
 
 
 jit.JITFunction.run = record

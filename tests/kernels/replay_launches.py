@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.kernels.fake_cuda import CPU, Driver, pretend
 from xmoe import config_from_recipe
 from xmoe.kernels import experts, launch, pipeline, replay
-from xmoe.kernels.dispatch import Device
+from xmoe.kernels.dispatch import Device, select
 
 TARGET = GPUTarget("cuda", 90, 32)
 NOT_REPLAYED = {
@@ -92,14 +92,11 @@ def tensor(dtype: str, *shape: int) -> torch.Tensor:
 layouts: dict[int, pipeline.Layout] = {}
 
 
-def scratch_of(spec: pipeline.Spec, arena: bool, dh: torch.Tensor | None = None) -> pipeline.Tensors:
-    """As JAX gives it, a buffer each, or as torch does, in an arena, with ``d`` where `dh` is, if it fits."""
+def scratch_of(spec: pipeline.Spec, arena: bool) -> pipeline.Tensors:
+    """As JAX gives it, a buffer each, or as torch does, in an arena."""
     if not arena:
         return pipeline.allocate(spec.scratch, CPU)
-    d = spec.scratch.get("d")
-    fits = dh is not None and d is not None and tensor(d.dtype, *d.shape).nbytes <= dh.nbytes
-    elsewhere = {"d": dh} if fits else {}
-    return pipeline.Arena(layouts.setdefault(id(spec), pipeline.Layout(spec.scratch, tuple(elsewhere))), CPU, elsewhere)
+    return pipeline.Arena(layouts.setdefault(id(spec), pipeline.Layout(spec.scratch)), CPU)
 
 
 def grouped_mm(config: Any, view: Device, dtypes: tuple[str, str, str], stored: str, arena: bool, prepared: bool):
@@ -142,7 +139,7 @@ def one_gradient(config: Any, view: Device, dtypes: tuple[str, str, str], stored
 
 
 def swiglu_experts(config: Any, view: Device, dtypes: tuple[str, str, str], _: str, arena: bool, prepared: bool):
-    """Forward, dgrad and wgrad, on tensors of their own."""
+    """Every stage but w2's backward, on tensors of their own."""
     e = experts.Experts(1000, 64, 128, 8, *dtypes)
     x, dh, offs = tensor(dtypes[0], e.M, e.D), tensor(dtypes[0], e.M, e.H), OFFS.clone()
     w1, w2, w3 = (tensor(dtypes[1], e.G, *shape) for shape in ((e.H, e.D), (e.D, e.H), (e.H, e.D)))
@@ -152,19 +149,22 @@ def swiglu_experts(config: Any, view: Device, dtypes: tuple[str, str, str], _: s
     forward = experts.forward_spec(e, config, view, prepared=prepared)
     specs = (
         forward,
+        experts.gradient_spec(e, config, view),
         experts.dgrad_spec(e, config, view, prepared=prepared, amax_is_known="w13_amax" in forward.outputs),
         experts.wgrad_spec(e, config, view),
     )
-    out, grads, dw = (pipeline.allocate(spec.outputs, CPU) for spec in specs)
-    scratch = [scratch_of(specs[0], arena), scratch_of(specs[1], arena, dh), scratch_of(specs[2], arena)]
-    if not arena:  # JAX has it among the outputs, too
-        grads["gate_up"] = out["gate_up"]
+    out, left, dx, dw = (pipeline.allocate(spec.outputs, CPU) for spec in specs)
+    scratch = [scratch_of(spec, arena) for spec in specs]
+    given = {"dh": dh, "gate_up": out["gate_up"]}
+    where = experts.places(config, select(config, view), e.x_dtype)
+    rows = (left | given)[where.rows], left.get("d_scale")
+    tokens = (left | given)[where.tokens], left.get("d_tokens_scale")
     saved = (x,) if pipeline.saves_input(config) else (out["x_tokens"], out["x_tokens_scale"])
-    amax = grads.get("amax")
     return (
         lambda: experts.forward(e, config, view, x, w1, w2, w3, offs, out, scratch[0]),
-        lambda: experts.dgrad(e, config, view, dh, out["gate_up"], w13, offs, grads, scratch[1], out.get("w13_amax")),
-        lambda: experts.wgrad(e, config, view, out["gate_up"], amax, saved, offs, dw, scratch[2]),
+        lambda: experts.gradient(e, config, view, *given.values(), offs, True, True, left, scratch[1]),
+        lambda: experts.dgrad(e, config, view, *rows, w13, offs, dx, scratch[2], out.get("w13_amax")),
+        lambda: experts.wgrad(e, config, view, *tokens, saved, offs, dw, scratch[3]),
     )
 
 

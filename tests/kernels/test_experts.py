@@ -8,7 +8,7 @@ from tests.kernels.backends import INTERPRETER_WORKS
 from tests.kernels.test_pipeline import NATIVE_MX, Float64Gemm, TritonGemm, poisoned
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.kernels import call, e4m3, emulation, experts, pipeline, replay
-from xmoe.kernels.dispatch import Device
+from xmoe.kernels.dispatch import Device, select
 from xmoe.operands import whole_blocks
 from xmoe.shapes import PATTERNS, offsets
 
@@ -34,6 +34,7 @@ class Run:
         self.layouts: dict[int, pipeline.Layout] = {}  # of the specs, which are the same from call to call
         self.device = device or pipeline.device_of(where, 0)
         self.experts = experts.Experts(M, D, H, G, name, name, self.config.out_dtype or name)
+        self.places = experts.places(self.config, select(self.config, self.device), name)
 
     def _saved(self, x, outputs, name):
         if pipeline.saves_input(self.config):
@@ -64,16 +65,24 @@ class Run:
         pipeline.backward(e.output_problem, config, device, self.dout, saved, self.w2.mT, offs, grads, scratch, of_w2)
         got |= {"dh": grads["dA"].clone(), "dw2": grads["dB"].mT}
 
-        dx, scratch = self._tensors(experts.dgrad_spec(e, config, device, amax_is_known=of_w13 is not None))
-        experts.dgrad(e, config, device, grads["dA"], out["gate_up"], (self.w1, self.w3), offs, dx, scratch, of_w13)
-        got |= {"dx": dx["dx"], "d_gate_up": out["gate_up"]}
-
-        for known in (True, False):
-            dw, scratch = self._tensors(experts.wgrad_spec(e, config, device))
-            amax = dx.get("amax") if known else None
-            x = self._saved(self.x, out, "x")
-            experts.wgrad(e, config, device, out["gate_up"], amax, x, offs, dw, scratch)
-            got |= {f"{name}, amax known: {known}": dw[name] for name in dw}
+        saved = self._saved(self.x, out, "x")
+        for needs in ((True, True), (True, False), (False, True)):
+            tensors = {"dh": grads["dA"].clone(), "gate_up": out["gate_up"].clone()}
+            left, scratch = self._tensors(experts.gradient_spec(e, config, device, *needs))
+            experts.gradient(e, config, device, *tensors.values(), offs, *needs, left, scratch)
+            tensors |= left
+            del left, scratch
+            if needs[0]:
+                dx, scratch = self._tensors(experts.dgrad_spec(e, config, device, amax_is_known=of_w13 is not None))
+                d = tensors[self.places.rows], tensors.get("d_scale")
+                experts.dgrad(e, config, device, *d, (self.w1, self.w3), offs, dx, scratch, of_w13)
+                got |= {f"dx, needs {needs}": dx["dx"]}
+            if needs[1]:
+                dw, scratch = self._tensors(experts.wgrad_spec(e, config, device))
+                d = tensors[self.places.tokens], tensors.get("d_tokens_scale")
+                experts.wgrad(e, config, device, *d, saved, offs, dw, scratch)
+                got |= {f"{name}, needs {needs}": dw[name] for name in dw}
+        got["d_gate_up"] = self.swiglu_gradient(grads["dA"], out["gate_up"])
         return got
 
     def swiglu(self, gate_up):
@@ -82,6 +91,13 @@ class Run:
         hidden = torch.empty_like(gate_up[:, : self.experts.H].contiguous())
         swiglu.swiglu(gate_up, hidden)
         return hidden
+
+    def swiglu_gradient(self, dh, gate_up):
+        if self.where == "cpu" and self.device.type == "cpu":
+            return emulation.swiglu_gradient(dh, gate_up)
+        d_gate_up = gate_up.clone()
+        swiglu.swiglu_gradient_(dh, d_gate_up)
+        return d_gate_up
 
     def _forward(self, problem, A, B):
         outputs, scratch = self._tensors(pipeline.forward_spec(problem, self.config, self.device))
@@ -102,10 +118,13 @@ class Run:
         dh, dw2 = self._backward(e.output_problem, self.dout, h, self.w2.mT)
         joint = torch.cat([self.w1, self.w3], 1)
         dx, dw = self._backward(e.joint_problem, d_gate_up, x, joint.mT)
-        expected = {"out": out, "gate_up": gate_up, "dh": dh, "dw2": dw2, "dx": dx, "d_gate_up": d_gate_up}
-        for known in (True, False):
-            for name, half in zip(("dw1", "dw3"), dw.split(e.H, 1), strict=True):
-                expected[f"{name}, amax known: {known}"] = half
+        expected = {"out": out, "gate_up": gate_up, "dh": dh, "dw2": dw2, "d_gate_up": d_gate_up}
+        for needs in ((True, True), (True, False), (False, True)):
+            if needs[0]:
+                expected[f"dx, needs {needs}"] = dx
+            if needs[1]:
+                for name, half in zip(("dw1", "dw3"), dw.split(e.H, 1), strict=True):
+                    expected[f"{name}, needs {needs}"] = half
         return expected
 
     def check(self):
@@ -118,8 +137,9 @@ class Run:
                 torch.testing.assert_close(x, expected[name])
             else:
                 assert torch.equal(x, expected[name]), name
-        for name in ("out", "gate_up", "dh", "dx", "d_gate_up"):
-            assert not got[name][self.covered :].any(), name
+        for name in got:
+            if not name.startswith("dw"):
+                assert not got[name][self.covered :].any(), name
 
 
 @pytest.mark.gpu

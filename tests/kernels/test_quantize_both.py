@@ -9,7 +9,7 @@ import triton.language as tl
 from tests.kernels.backends import arrays, awkward, same_bytes
 from tests.kernels.test_quantize import empty_like, to_kernel, token_map
 from xmoe import oracle
-from xmoe.kernels import e4m3, quantize, quantize_blocks, quantize_both
+from xmoe.kernels import e4m3, quantize, quantize_blocks, quantize_both, swiglu
 
 FORMATS = ("fp8_blockwise", "mxfp8_rceil", "mxfp8_floor")
 CASES = {"uneven": (200, 144, [70, 70, 190]), "bad offsets": (40, 48, [70, 20]), "none": (0, 32, [0])}
@@ -74,6 +74,68 @@ def test_of_a_swiglu(backend, fmt):
     for got, want in zip(both, apart, strict=True):
         if want is not None:
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def gradient(backend, M: int, H: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate_up, dh, and the gradient that the kernel of its own makes of them."""
+    draw = torch.Generator().manual_seed(0)
+    gate_up, dh = (to_kernel(torch.randn(M, C, generator=draw).to(torch.bfloat16), backend) for C in (2 * H, H))
+    apart = gate_up.clone()
+    swiglu.swiglu_gradient_(dh, apart)
+    return gate_up, dh, apart
+
+
+@pytest.mark.parametrize("H", [96, 128])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_of_a_gradient(backend, fmt, H, in_place):
+    """What the quantizers of rows and of tokens make of the gradient; tokens as bf16 (of MX) in its own place."""
+    M, ends = 99, np.array([33, 90], np.int32)
+    if fmt == "fp8_blockwise" and (in_place or H % 128):
+        pytest.skip("blocks of 128, no bf16")
+    gate_up, dh, apart = gradient(backend, M, H)
+    maps = token_map(torch.from_numpy(ends).to(gate_up.device), M)
+    zeros = np.zeros((M, 2 * H), np.float32)
+    rows, tokens = oracle.quantize_rows(zeros, fmt), oracle.quantize_tokens(zeros, ends, fmt)
+    half = torch.full((M, 2 * H), 7.0, dtype=torch.bfloat16, device=gate_up.device)
+    if fmt == "fp8_blockwise":
+        got, want = (
+            [empty_like(array, half.device) for array in (rows.data, rows.scale, tokens.data, tokens.scale)]
+            for _ in range(2)
+        )
+        quantize.quantize_rows(apart, fmt, *want[:2], 4)
+        quantize.quantize_tokens(apart, fmt, *want[2:], None, *maps)
+    else:
+        straight = (lambda: (gate_up, None)) if in_place else (
+            lambda: (empty_like(rows.data, half.device), empty_like(tokens.scale.T, half.device))
+        )  # fmt: skip
+        got, want = [half.clone(), None, *straight()], [half.clone(), None, *straight()]
+        want[2] = torch.empty_like(want[2])
+        quantize.quantize_rows(apart, fmt, *want[:2], 4)
+        quantize_blocks.quantize_tokens_straight(apart, fmt, *want[2:], *maps)
+    quantize_both.quantize_rows_and_tokens(gate_up, fmt, *got, *maps, dh=dh)
+    for index, (x, y) in enumerate(zip(got, want, strict=True)):
+        if x is not None:
+            owned = slice(ends[-1]) if x.shape[0] == M else slice(None)
+            assert torch.equal(x[owned].view(torch.uint8), y[owned].view(torch.uint8)), index
+
+
+@pytest.mark.parametrize("maxima", [False, True])
+@pytest.mark.parametrize("H", [48, 640])
+def test_rowwise_rows_of_a_gradient(backend, H, maxima):
+    """The rows lie where the gradient of the SwiGLU was, the gradient where its two halves were."""
+    M, ends = 99, torch.tensor([70, 70, 90], dtype=torch.int32)
+    gate_up, dh, apart = gradient(backend, M, H)
+    _, groups = token_map(ends.to(gate_up.device), M)
+    got, want = (torch.zeros(2, 3, 2 * H, dtype=torch.int32, device=dh.device) for _ in range(2))
+    scale, expected_scale = torch.empty(2, M, device=dh.device)
+    data, expected = dh.view(torch.float8_e4m3fn), torch.empty(M, 2 * H, dtype=torch.float8_e4m3fn, device=dh.device)
+    quantize.quantize_rows(apart, "fp8_rowwise", expected, expected_scale, 4, (want, groups) if maxima else None)
+    quantize.quantize_rows(gate_up, "fp8_rowwise", data, scale, 4, (got, groups) if maxima else None, dh=dh)
+    for x, y in ((data, expected), (scale, expected_scale), (gate_up, apart)):
+        assert torch.equal(x[:90].view(torch.uint8), y[:90].view(torch.uint8))
+    assert torch.equal(got.amax(0), want.amax(0))
+    assert bool(got.any()) == maxima
 
 
 def test_pairs_are_for_bf16_and_for_scales_of_blocks():

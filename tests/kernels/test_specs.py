@@ -32,16 +32,6 @@ def test_an_arena_holds_its_tensors_apart():
     assert ends[-1][1] <= arena.memory.data_ptr() + arena.memory.nbytes
 
 
-def test_what_lies_elsewhere_takes_no_memory():
-    lent = torch.zeros(40, 2, dtype=torch.bfloat16)
-    layout = Layout(SPECS, elsewhere=("data",))
-    arena = Arena(layout, CPU, {"data": lent})
-    assert arena["data"].data_ptr() == lent.data_ptr()
-    assert arena["data"].shape == (3, 5)
-    assert layout.bytes == Layout(SPECS).bytes - Layout.ALIGNMENT
-    assert arena["scale"].data_ptr() == arena.memory.data_ptr()
-
-
 def test_tensors_that_take_turns_share_memory():
     layout = Layout(SPECS, turns=(("data", "scale", "other"), ("wide",)))
     arena = Arena(layout, CPU)

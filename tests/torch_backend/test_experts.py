@@ -169,10 +169,15 @@ def test_opcheck(recipe: str) -> None:
     _, gate_up, *tokens = ops.swiglu_experts_forward.default(x, w1, w2, w3, offs, key, True)
     dh = torch.randn(M, H).bfloat16()
     schema = (*both, "test_schema")
-    torch.library.opcheck(ops.swiglu_experts_dgrad.default, (dh, gate_up, w1, w3, offs, key, True), test_utils=schema)
+    args = dh, gate_up.clone(), w1, offs, key, True, True
+    torch.library.opcheck(ops.swiglu_experts_gradient.default, args, test_utils=schema)
+    empty, dtype = x.new_empty(0), x.dtype
+    torch.library.opcheck(
+        ops.swiglu_experts_dgrad.default, (gate_up, empty, w1, w3, offs, key, dtype), test_utils=schema
+    )
     saved = [x] if recipe == "bf16" else tokens[:2]
     wgrad = ops.swiglu_experts_wgrad.default
-    torch.library.opcheck(wgrad, (gate_up, x.new_empty(0), saved, w1, offs, key), test_utils=both)
+    torch.library.opcheck(wgrad, (gate_up, empty, saved, w1, offs, key, dtype, M), test_utils=both)
     torch.library.opcheck(ops.swiglu.default, (gate_up,), test_utils=schema)
 
 
