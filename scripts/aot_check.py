@@ -31,6 +31,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from xmoe.kernels import (
     grouped_gemm,
     grouped_gemm_hopper,
+    permute,
     quantize,
     quantize_blocks,
     quantize_both,
@@ -70,6 +71,8 @@ class Case:
     """A thread's, at the launch; None leaves it to the compiler."""
     spills: int = 0
     """Bytes a thread may spill, where that was measured to be faster than not to."""
+    fma: bool = True
+    """Whether a product and a sum may become one instruction."""
 
 
 def quantizer_cases(sm: int) -> Iterator[Case]:
@@ -149,6 +152,31 @@ def swiglu_cases(sm: int) -> Iterator[Case]:
                    {"BLOCK": swiglu.BLOCK}, sm, divisible=("H",))  # fmt: skip
         yield Case(f"swiglu_gradient[{dtype}]", swiglu._swiglu_gradient, {"dh_ptr": dtype, "gate_up_ptr": dtype},
                    {"BLOCK": swiglu.BLOCK}, sm, divisible=("H",))  # fmt: skip
+
+
+def permute_cases(sm: int) -> Iterator[Case]:
+    """Every access to rows must be one of 16 bytes."""
+    i32, f32 = "*i32", "*fp32"
+    wide = r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32"
+    for order in (i32, "*i64"):
+        yield Case(f"invert[{order[1:]}]", permute._invert,
+                   {"order_ptr": order, "tokens_ptr": i32, "place_ptr": i32}, {"BLOCK": permute.INVERT_BLOCK}, sm)  # fmt: skip
+    for dtype, size in (("*bf16", 2), ("*fp32", 4)):
+        rows = dict.fromkeys(("x_ptr", "out_ptr", "dout_ptr", "dx_ptr"), dtype)
+        types, block = rows | {"place_ptr": i32, "scores_ptr": f32, "dscores_ptr": f32}, {"BLOCK": 2048 // size}
+        yield Case(f"gather[{dtype[1:]}]", permute._gather, rows | {"tokens_ptr": i32}, {"ROWS": permute.ROWS} | block,
+                   sm, instructions=wide, divisible=("stride_xt", "D"))  # fmt: skip
+        for k in (1, 2, 4, 8, 17):
+            for scores in ({}, {"scores_ptr": None}):
+                label = f"{dtype[1:]},k={k}{',sum' * bool(scores)}"
+                yield Case(f"combine[{label}]", permute._combine, types, permute.schedule(k) | block | scores, sm,
+                           instructions=wide, divisible=("D",), fma=False)  # fmt: skip
+            for name in ("both", "dx", "dscores", "scatter"):
+                absent = {"dx": ("x_ptr", "dscores_ptr"), "dscores": ("dx_ptr",),
+                          "scatter": ("x_ptr", "scores_ptr", "dscores_ptr")}.get(name, ())  # fmt: skip
+                constants = permute.backward_schedule(k, size) | dict.fromkeys(absent)
+                yield Case(f"combine_backward[{dtype[1:]},k={k},{name}]", permute._combine_backward, types, constants,
+                           sm, instructions=wide[: 1 if name == "dscores" else 2], divisible=("D",))  # fmt: skip
 
 
 def rows_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
@@ -314,7 +342,7 @@ def compile_case(case: Case) -> list[str]:
     )
     target = GPUTarget("cuda", case.sm, 32)
     try:
-        options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
+        options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers, "enable_fp_fusion": case.fma}
         kernel = triton.compile(source, target=target, options=options)
     except Exception as error:
         return [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
@@ -358,7 +386,7 @@ def main() -> int:
     start = time.perf_counter()
     for sm in [args.sm] if args.sm else SHARED_MEMORY:
         quantizers = (with_cast(variant) for case in quantizer_cases(sm) for variant in gated(case))
-        cases = (*quantizers, *swiglu_cases(sm), *gemm_cases(sm))
+        cases = (*quantizers, *swiglu_cases(sm), *permute_cases(sm), *gemm_cases(sm))
         _cases.extend(case for case in cases if args.only in case.name)
     failed = 0
     with multiprocessing.get_context("fork").Pool() as pool:  # forked: kernels cannot be sent
