@@ -327,8 +327,10 @@ def combine_backward(
     place: torch.Tensor,
     dx_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dx [M, D] in ``dx_dtype``, dscores float32 [T, k]) of dout [T, D]; None without ``dx_dtype`` and without x. Zeros
-    in a row of dx that is nobody's place."""
+    """(dx [M, D] in ``dx_dtype``, dscores float32 [T, k]) of dout [T, D]; None without ``dx_dtype``, and without x.
+
+    Zeros in a row of dx that is nobody's place.
+    """
     rows, each = _rows(place, place.shape[0]), dout.float().unsqueeze(1)
     dx = dscores = None
     if dx_dtype is not None:
@@ -345,8 +347,8 @@ def _rows(index: torch.Tensor, count: int) -> torch.Tensor:
 
 def _sum_slots(rows: torch.Tensor) -> torch.Tensor:
     """The sum over the second axis of [T, k, D], in order."""
-    total, *others = rows.unbind(1)
-    for row in others:
+    total = torch.zeros_like(rows[:, 0])
+    for row in rows.unbind(1):
         total = total + row
     return total
 

@@ -10,12 +10,10 @@ three arrays say which is which:
 All three are data. They are clamped where they are read, so no value in them can send a kernel outside its buffers;
 what an ``order`` that is no permutation leaves unwritten stays as it was.
 
-Sums over a token's rows are taken in float32, in the order of its slots, without fused multiply-adds, and rounded once:
-they are deterministic and have the bits of the emulation. Whatever is read or written once a token goes by `place`, so
-that a token's own row is read once and not k times.
+Sums over a token's rows are taken in float32, from 0, in the order of its slots, without fused multiply-adds, and
+rounded once: they are deterministic and have the bits of the emulation. All but `gather` go by `place`, so that a
+token's own row is read or written once and not k times.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +26,7 @@ WARPS, THREADS = 4, 128
 ACCESS = 16
 """Bytes that a thread loads or stores at once."""
 ROWS = 8
-"""Rows, of one token or of several, that a program has on their way before it uses the first."""
+"""The most rows, of one token or of several, that a program has on their way at once."""
 INVERT_BLOCK = 1024
 """Slots of a program of `invert`."""
 
@@ -74,7 +72,7 @@ def _combine(
 ):  # fmt: skip
     """Without scores_ptr the plain sum."""
     token, column = _tile(D, TOKENS, BLOCK)
-    total = tl.full((TOKENS, BLOCK), -0.0, tl.float32)  # which changes nothing that is added, +0 neither
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
     for first in tl.range(0, K // ROWS * ROWS, ROWS):
         total = _add_rows(total, x_ptr, scores_ptr, place_ptr, token * K + first, token < T, column, M, D, ROWS)
     last: tl.constexpr = K // ROWS * ROWS
@@ -164,20 +162,20 @@ def _spread_rows(
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
-def block(x: torch.Tensor) -> int:
-    """Columns of a tile's row: one access a thread."""
-    return THREADS * ACCESS // x.element_size()
+def block(element_size: int) -> int:
+    """Columns of a tile: one access of each thread to a row."""
+    return THREADS * ACCESS // element_size
 
 
-def schedule(k: int) -> dict[str, int]:
-    """The constants of `_combine` that depend on k: a program sums up to ROWS rows, of several tokens where k is
-    small."""
+def schedule(k: int, element_size: int) -> dict[str, int]:
+    """The constants of `_combine`: where k is small a program has several tokens, so that up to ROWS rows are on their
+    way."""
     rows = min(k, ROWS)
-    return {"K": k, "ROWS": rows, "TOKENS": 1 << (ROWS // rows).bit_length() - 1}
+    return {"K": k, "ROWS": rows, "TOKENS": 1 << (ROWS // rows).bit_length() - 1, "BLOCK": block(element_size)}
 
 
 def backward_schedule(k: int, element_size: int) -> dict[str, int]:
-    """The constants of `_combine_backward`: the fewer rows a program reads, the more of each at once."""
+    """The constants of `_combine_backward`: the fewer rows a token has, the more of each is read at once."""
     accesses = 4 if k == 1 else 2 if k <= 3 else 1
     return {"K": k, "ROWS": min(k, ROWS), "PIECES": THREADS * accesses, "PIECE": ACCESS // element_size}
 
@@ -213,10 +211,11 @@ def gather(x: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
     assert x.stride(1) == 1 or D == 1, f"x has strides {x.stride()}: rows must be contiguous"
     _check(tokens, M, out, (M, D))
     if out.numel():
-        assert T, "no token to gather"
+        assert T, f"{M} rows of no token"
+        columns = block(x.element_size())
         launch(
-            _gather, (cdiv(M, ROWS) * cdiv(D, block(x)),), x, x.stride(0), tokens, out, T, M, D,
-            ROWS=ROWS, BLOCK=block(x), num_warps=WARPS,
+            _gather, (cdiv(M, ROWS) * cdiv(D, columns),), x, x.stride(0), tokens, out, T, M, D,
+            ROWS=ROWS, BLOCK=columns, num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -247,11 +246,11 @@ def _launch_combine(x: torch.Tensor, scores: torch.Tensor | None, place: torch.T
     _check_slots(scores, place, M, T)
     _check(place, M, out, (T, D))
     if out.numel():
-        constants = schedule(M // T)
-        programs = cdiv(T, constants["TOKENS"]) * cdiv(D, block(x))
+        constants = schedule(M // T, x.element_size())
+        programs = cdiv(T, constants["TOKENS"]) * cdiv(D, constants["BLOCK"])
         launch(
             _combine, (programs,), x, scores, place, out, T, M, D,
-            **constants, BLOCK=block(x), num_warps=WARPS, enable_fp_fusion=False,
+            **constants, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -289,7 +288,14 @@ def combine_backward(
     _launch_backward(dout, x if dscores is not None else None, scores, place, dx, dscores)
 
 
-def _launch_backward(dout: torch.Tensor, x: Any, scores: Any, place: torch.Tensor, dx: Any, dscores: Any) -> None:
+def _launch_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor | None,
+    scores: torch.Tensor | None,
+    place: torch.Tensor,
+    dx: torch.Tensor | None,
+    dscores: torch.Tensor | None,
+) -> None:
     (T, D), M = dout.shape, place.shape[0]
     _check_slots(scores, place, M, T)
     for rows in (x, dx):
@@ -302,7 +308,7 @@ def _launch_backward(dout: torch.Tensor, x: Any, scores: Any, place: torch.Tenso
 
 
 def _check_slots(scores: torch.Tensor | None, place: torch.Tensor, M: int, T: int) -> None:
-    assert M == 0 if T == 0 else M % T == 0, f"{M} rows of {T} tokens: as many of each"
+    assert M == 0 if T == 0 else M % T == 0, f"{M} rows of {T} tokens: not as many of each"
     assert place.shape == (M,), f"place {place.shape}: expected {(M,)}"
     assert scores is None or scores.shape[0] * scores.shape[1] == M, f"scores {scores.shape} of {M} rows"
 

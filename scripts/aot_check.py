@@ -155,28 +155,33 @@ def swiglu_cases(sm: int) -> Iterator[Case]:
 
 
 def permute_cases(sm: int) -> Iterator[Case]:
-    """Every access to rows must be one of 16 bytes."""
+    """Rows must be read and written 16 bytes at a time, and added up without fused multiply-adds."""
     i32, f32 = "*i32", "*fp32"
-    wide = r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32"
+    reads, writes, unfused = r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32", r"\A(?![\s\S]*fma\.rn\.f32)"
     for order in (i32, "*i64"):
-        yield Case(f"invert[{order[1:]}]", permute._invert,
-                   {"order_ptr": order, "tokens_ptr": i32, "place_ptr": i32}, {"BLOCK": permute.INVERT_BLOCK}, sm)  # fmt: skip
+        types = {"order_ptr": order, "tokens_ptr": i32, "place_ptr": i32}
+        yield Case(f"invert[{order[1:]}]", permute._invert, types, {"BLOCK": permute.INVERT_BLOCK}, sm, permute.WARPS)
     for dtype, size in (("*bf16", 2), ("*fp32", 4)):
-        rows = dict.fromkeys(("x_ptr", "out_ptr", "dout_ptr", "dx_ptr"), dtype)
-        types, block = rows | {"place_ptr": i32, "scores_ptr": f32, "dscores_ptr": f32}, {"BLOCK": 2048 // size}
-        yield Case(f"gather[{dtype[1:]}]", permute._gather, rows | {"tokens_ptr": i32}, {"ROWS": permute.ROWS} | block,
-                   sm, instructions=wide, divisible=("stride_xt", "D"))  # fmt: skip
+        types = dict.fromkeys(("x_ptr", "out_ptr", "dout_ptr", "dx_ptr"), dtype)
+        types |= {"tokens_ptr": i32, "place_ptr": i32, "scores_ptr": f32, "dscores_ptr": f32}
+        yield Case(f"gather[{dtype[1:]}]", permute._gather, types,
+                   {"ROWS": permute.ROWS, "BLOCK": permute.block(size)}, sm, permute.WARPS,
+                   instructions=(reads, writes), divisible=("stride_xt", "D"))  # fmt: skip
         for k in (1, 2, 4, 8, 17):
-            for scores in ({}, {"scores_ptr": None}):
-                label = f"{dtype[1:]},k={k}{',sum' * bool(scores)}"
-                yield Case(f"combine[{label}]", permute._combine, types, permute.schedule(k) | block | scores, sm,
-                           instructions=wide, divisible=("D",), fma=False)  # fmt: skip
-            for name in ("both", "dx", "dscores", "scatter"):
-                absent = {"dx": ("x_ptr", "dscores_ptr"), "dscores": ("dx_ptr",),
-                          "scatter": ("x_ptr", "scores_ptr", "dscores_ptr")}.get(name, ())  # fmt: skip
-                constants = permute.backward_schedule(k, size) | dict.fromkeys(absent)
-                yield Case(f"combine_backward[{dtype[1:]},k={k},{name}]", permute._combine_backward, types, constants,
-                           sm, instructions=wide[: 1 if name == "dscores" else 2], divisible=("D",))  # fmt: skip
+            for name, absent in (("combine", ()), ("gather_sum", ("scores_ptr",))):
+                yield Case(f"{name}[{dtype[1:]},k={k}]", permute._combine, types,
+                           permute.schedule(k, size) | dict.fromkeys(absent), sm, permute.WARPS,
+                           instructions=(reads, writes, unfused), divisible=("D",), fma=False)  # fmt: skip
+            for name, absent in (
+                ("combine_backward", ()),
+                ("combine_backward_dx", ("x_ptr", "dscores_ptr")),
+                ("combine_backward_dscores", ("dx_ptr",)),
+                ("scatter", ("x_ptr", "scores_ptr", "dscores_ptr")),
+            ):
+                yield Case(f"{name}[{dtype[1:]},k={k}]", permute._combine_backward, types,
+                           permute.backward_schedule(k, size) | dict.fromkeys(absent), sm, permute.WARPS,
+                           instructions=(reads,) if "dx_ptr" in absent else (reads, writes),
+                           divisible=("D",))  # fmt: skip
 
 
 def rows_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
@@ -342,7 +347,8 @@ def compile_case(case: Case) -> list[str]:
     )
     target = GPUTarget("cuda", case.sm, 32)
     try:
-        options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers, "enable_fp_fusion": case.fma}
+        options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
+        options["enable_fp_fusion"] = case.fma
         kernel = triton.compile(source, target=target, options=options)
     except Exception as error:
         return [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"]

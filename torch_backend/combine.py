@@ -60,7 +60,7 @@ def _check(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None) 
     if order.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"order is {order.dtype}; give torch.int64 or torch.int32, as torch.argsort does")
     (M, _), (T, k) = x.shape, scores.shape
-    if M != T * k:
+    if T * k != M:
         raise ValueError(f"x has M={M} rows and scores {(T, k)} T*k={T * k} slots; give a row of x for each slot")
     if tuple(order.shape) != (M,):
         raise ValueError(f"order has shape {tuple(order.shape)}; give the slot of each of the M={M} rows of x, ({M},)")
@@ -148,9 +148,7 @@ _backward_op = torch.ops.xmoe.combine_backward.default
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         out, place = direct(_combine_op, _combine, x, scores, order, dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(place)
