@@ -1,5 +1,6 @@
 """`combine`: against the expression that it replaces, and what autograd and torch.compile need."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernels.backends import INTERPRETER_WORKS
+from xmoe.kernels import e4m3
 from xmoe.torch_backend import combine
 
 T, K, D = 30, 3, 40
@@ -183,6 +186,24 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     args |= {name: f(args[name]) for name, f in change.items()}
     with pytest.raises(ValueError, match=message):
         combine(**args)
+
+
+@pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.parametrize("needed", [("x", "scores"), ("x",), ("scores",)], ids=str)
+def test_kernels_in_the_interpreter(needed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the op with its kernels, for one gradient or both, has the bits of the emulation."""
+    x, scores, order = problem(dtype=torch.float32)
+    want = dict(zip(("out", "x", "scores"), step(combine, x, scores, order), strict=True))
+    monkeypatch.setattr(importlib.import_module("xmoe.torch_backend.combine"), "_has_kernels", lambda x: True)
+    leaves = {"x": x.requires_grad_("x" in needed), "scores": scores.requires_grad_("scores" in needed)}
+    out = combine(x, scores, order)
+    gradients = torch.autograd.grad(out, [leaves[name] for name in needed], gradient_of(out))
+    got = {"out": out, **dict(zip(needed, gradients, strict=True))}
+    for name, value in got.items():
+        if name == "scores":
+            torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(value, want[name]), name
 
 
 @pytest.mark.gpu
