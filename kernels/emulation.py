@@ -283,6 +283,76 @@ def swiglu_gradient(dh: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return torch.cat([dg, du], 1).to(gate_up.dtype)
 
 
+# -------------------------------------------------------------------------------------------------------- permutation
+
+
+def invert(order: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, place), int32 [M], of an ``order`` [M] of M = T*k slots: the token of each row, the row of each slot
+    (0 of a slot that is not in ``order``)."""
+    M = order.shape[0]
+    slots = order.long().clamp(0, max(M - 1, 0))
+    rows = torch.arange(M, dtype=torch.int32, device=order.device)
+    return (slots // k).int(), torch.zeros_like(rows).scatter_(0, slots, rows)
+
+
+def gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """x[tokens] [M, D] of x [T, D]."""
+    return x[_rows(tokens, x.shape[0])]
+
+
+def scatter(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """[M, D] with x[t], of x [T, D], in the rows place[t*k : (t+1)*k]; zeros in a row that is nobody's place."""
+    (T, D), M = x.shape, place.shape[0]
+    return x.new_zeros(M, D).index_copy_(0, _rows(place, M), x.repeat_interleave(M // max(T, 1), 0))
+
+
+def gather_sum(x: torch.Tensor, place: torch.Tensor, k: int) -> torch.Tensor:
+    """[T, D] of x [M, D]: the float32 sum of the rows place[t*k : (t+1)*k], one after the other, rounded once."""
+    M, D = x.shape
+    return _sum_slots(x[_rows(place, M)].float().view(M // k, k, D)).to(x.dtype)
+
+
+def combine(
+    x: torch.Tensor, scores: torch.Tensor, place: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """[T, D] of x [M, D] and float32 scores [T, k]: as `gather_sum`, each row times its score, in ``dtype``."""
+    rows = x[_rows(place, x.shape[0])].float().view(*scores.shape, x.shape[1])
+    return _sum_slots(rows * scores.unsqueeze(-1)).to(dtype or x.dtype)
+
+
+def combine_backward(
+    dout: torch.Tensor,
+    x: torch.Tensor | None,
+    scores: torch.Tensor,
+    place: torch.Tensor,
+    dx_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dx [M, D] in ``dx_dtype``, dscores float32 [T, k]) of dout [T, D]; None without ``dx_dtype``, and without x.
+
+    Zeros in a row of dx that is nobody's place.
+    """
+    rows, each = _rows(place, place.shape[0]), dout.float().unsqueeze(1)
+    dx = dscores = None
+    if dx_dtype is not None:
+        slots = (each * scores.unsqueeze(-1)).flatten(0, 1).to(dx_dtype)
+        dx = torch.zeros_like(slots).index_copy_(0, rows, slots)
+    if x is not None:
+        dscores = (each * x[rows].float().view(*scores.shape, x.shape[1])).sum(-1)
+    return dx, dscores
+
+
+def _rows(index: torch.Tensor, count: int) -> torch.Tensor:
+    return index.long().clamp(0, max(count - 1, 0))
+
+
+def _sum_slots(rows: torch.Tensor) -> torch.Tensor:
+    """The sum over the second axis of [T, k, D], in order."""
+    total = torch.zeros_like(rows[:, 0])
+    for row in rows.unbind(1):
+        total = total + row
+    return total
+
+
 # --------------------------------------------------------------------------------------------------------- internals
 
 

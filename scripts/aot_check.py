@@ -31,6 +31,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from xmoe.kernels import (
     grouped_gemm,
     grouped_gemm_hopper,
+    permute,
     quantize,
     quantize_blocks,
     quantize_both,
@@ -70,6 +71,8 @@ class Case:
     """A thread's, at the launch; None leaves it to the compiler."""
     spills: int = 0
     """Bytes a thread may spill, where that was measured to be faster than not to."""
+    fma: bool = True
+    """Whether a product and a sum may become one instruction."""
 
 
 def quantizer_cases(sm: int) -> Iterator[Case]:
@@ -149,6 +152,36 @@ def swiglu_cases(sm: int) -> Iterator[Case]:
                    {"BLOCK": swiglu.BLOCK, "HARDWARE": 2}, sm, divisible=("H",))  # fmt: skip
         yield Case(f"swiglu_gradient[{dtype}]", swiglu._swiglu_gradient, {"dh_ptr": dtype, "gate_up_ptr": dtype},
                    {"BLOCK": swiglu.BLOCK, "HARDWARE": 2}, sm, divisible=("H",))  # fmt: skip
+
+
+def permute_cases(sm: int) -> Iterator[Case]:
+    """Rows must be read and written 16 bytes at a time, and added up without fused multiply-adds."""
+    i32, f32 = "*i32", "*fp32"
+    reads, writes, unfused = r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32", r"\A(?![\s\S]*fma\.rn\.f32)"
+    for order in (i32, "*i64"):
+        types = {"order_ptr": order, "tokens_ptr": i32, "place_ptr": i32}
+        yield Case(f"invert[{order[1:]}]", permute._invert, types, {"BLOCK": permute.INVERT_BLOCK}, sm, permute.WARPS)
+    for dtype, size in (("*bf16", 2), ("*fp32", 4)):
+        types = dict.fromkeys(("x_ptr", "out_ptr", "dout_ptr", "dx_ptr"), dtype)
+        types |= {"tokens_ptr": i32, "place_ptr": i32, "scores_ptr": f32, "dscores_ptr": f32}
+        yield Case(f"gather[{dtype[1:]}]", permute._gather, types,
+                   {"ROWS": permute.ROWS, "BLOCK": permute.block(size)}, sm, permute.WARPS,
+                   instructions=(reads, writes), divisible=("stride_xt", "D"))  # fmt: skip
+        for k in (1, 2, 4, 8, 17):
+            for name, absent in (("combine", ()), ("gather_sum", ("scores_ptr",))):
+                yield Case(f"{name}[{dtype[1:]},k={k}]", permute._combine, types,
+                           permute.schedule(k, size) | dict.fromkeys(absent), sm, permute.WARPS,
+                           instructions=(reads, writes, unfused), divisible=("D",), fma=False)  # fmt: skip
+            for name, absent in (
+                ("combine_backward", ()),
+                ("combine_backward_dx", ("x_ptr", "dscores_ptr")),
+                ("combine_backward_dscores", ("dx_ptr",)),
+                ("scatter", ("x_ptr", "scores_ptr", "dscores_ptr")),
+            ):
+                yield Case(f"{name}[{dtype[1:]},k={k}]", permute._combine_backward, types,
+                           permute.backward_schedule(k, size) | dict.fromkeys(absent), sm, permute.WARPS,
+                           instructions=(reads,) if "dx_ptr" in absent else (reads, writes),
+                           divisible=("D",))  # fmt: skip
 
 
 def rows_case(label: str, types: dict[str, str], constants: dict[str, Any], ragged: bool, sm: int) -> Case:
@@ -329,6 +362,7 @@ def compile_case(case: Case) -> list[str]:
     target = GPUTarget("cuda", case.sm, 32)
     try:
         options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
+        options["enable_fp_fusion"] = case.fma
         kernel = triton.compile(source, target=target, options=options)
     except Exception as error:
         return [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"]
@@ -372,7 +406,7 @@ def main() -> int:
     start = time.perf_counter()
     for sm in [args.sm] if args.sm else SHARED_MEMORY:
         quantizers = (with_cast(variant) for case in quantizer_cases(sm) for variant in gated(case))
-        cases = (*quantizers, *swiglu_cases(sm), *gemm_cases(sm))
+        cases = (*quantizers, *swiglu_cases(sm), *permute_cases(sm), *gemm_cases(sm))
         _cases.extend(case for case in cases if args.only in case.name)
     failed = 0
     with multiprocessing.get_context("fork").Pool() as pool:  # forked: kernels cannot be sent

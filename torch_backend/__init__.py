@@ -1,6 +1,7 @@
 """xmoe for PyTorch: grouped GEMMs, the weight wrapper and ``quantize_``, an MoE layer."""
 
 from xmoe.torch_backend.auto_filter import auto_filter
+from xmoe.torch_backend.combine import combine
 from xmoe.torch_backend.experts import swiglu_experts
 from xmoe.torch_backend.grouped_mm import (
     _to_fp8_rowwise_then_scaled_grouped_mm,
@@ -22,6 +23,7 @@ __all__ = [
     "_to_mxfp8_then_scaled_grouped_mm",
     "auto_filter",
     "cache_weights",
+    "combine",
     "generate_jagged_offs",
     "quantize_",
     "scaled_grouped_mm",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmoe.torch_backend.combine import combine
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor, wrapped_swiglu_experts
 
 
@@ -162,13 +163,12 @@ class MoE(nn.Module):
         """x [..., D] → (y like x, load-balance loss [] float32)."""
         tokens = x.reshape(-1, x.shape[-1])
         scores, experts, counts, loss = self.router(tokens)
-        T, k = scores.shape
+        k = scores.shape[1]
 
         order = torch.argsort(experts.flatten(), stable=True)  # slots, by expert
         place = torch.argsort(order)  # of each slot among the sorted ones
         routed = self.experts(_Gather.apply(k, tokens, order, place), counts.cumsum(0, dtype=torch.int32))
-        routed = _Gather.apply(1, routed, place, order).view(T, k, tokens.shape[1])
-        y = (routed.float() * scores.unsqueeze(-1)).sum(1).to(x.dtype)
+        y = combine(routed, scores, order, x.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape), loss

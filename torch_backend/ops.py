@@ -138,6 +138,29 @@ def direct(op: Callable[..., Any], implementation: Callable[..., Any], *args: An
     return implementation(*args) if plain else op(*args)
 
 
+class _NoDerivative(torch.autograd.Function):
+    """Lets a gradient through that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(f"the gradients of {ctx.name} have no derivative; drop create_graph=True")
+
+
+def differentiable_once(name: str, gradients: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """The `gradients` of the op called `name`, inside its autograd function; with a graph, where one is asked for, that
+    raises NotImplementedError when it is used."""
+    if not torch.is_grad_enabled():
+        return gradients()
+    with torch.no_grad():
+        found = gradients()
+    return tuple(None if x is None else _NoDerivative.apply(x.detach().requires_grad_(), name) for x in found)
+
+
 # ----------------------------------------------------------------------------------------------------------- forward
 
 

@@ -1,0 +1,182 @@
+"""The experts' rows of each token, weighed and added up, as one differentiable op: ``xmoe::combine``.
+
+T = tokens, k = experts that each token goes to, M = T*k rows sorted by expert, D = model width. The permutation and the
+kernels are those of `xmoe.kernels.permute`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmoe.kernels import emulation, pipeline
+from xmoe.kernels.call import on_device
+from xmoe.torch_backend.ops import DTYPES, LIBRARY, differentiable_once, direct, unseen
+
+if pipeline.HAS_TRITON:
+    from xmoe.kernels import permute
+
+
+def combine(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Takes the outputs of experts back to the order of the tokens: out[t] = sum over j of scores[t, j] * its row of x.
+
+    Products and sums are float32, in the order of j, and rounded once, so the result does not depend on the device; the
+    gradients need no atomics either. The backward keeps x, for the gradient of the scores, and 4 bytes a row. Nothing
+    waits for the device.
+
+    Args:
+        x: bf16 or fp32 [M, D], the rows that the experts gave, sorted by expert.
+        scores: float32 [T, k], with T * k = M.
+        order: int64 or int32 [M], the slot of each row of x: row r belongs to token ``order[r] // k``, as its expert
+            number ``order[r] % k``. From chosen experts [T, k] it is ``torch.argsort(experts.flatten(), stable=True)``.
+            Other than a permutation gives wrong numbers, but reads and writes nothing outside of these tensors.
+        dtype: of the result, bf16 or fp32; None is that of x.
+
+    Returns:
+        [T, D].
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+        NotImplementedError: in the backward, where the gradient of a gradient is asked for.
+    """
+    for name, tensor in (("x", x), ("scores", scores), ("order", order)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is {'None' if tensor is None else type(tensor).__name__}; give a torch.Tensor")
+    op = _combine_with_autograd if unseen(x, scores, order) else _combine_op
+    return op(x, scores, order, dtype)[0]
+
+
+def _check(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; give the experts' rows, [M, D]")
+    if scores.ndim != 2 or scores.shape[1] < 1:
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; give the k scores of each token, [T, k]")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; cast it to torch.bfloat16 or torch.float32")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; give torch.bfloat16 or torch.float32, or None for that of x")
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores is {scores.dtype}; cast it with scores.float()")
+    if order.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"order is {order.dtype}; give torch.int64 or torch.int32, as torch.argsort does")
+    (M, _), (T, k) = x.shape, scores.shape
+    if T * k != M:
+        raise ValueError(f"x has M={M} rows and scores {(T, k)} T*k={T * k} slots; give a row of x for each slot")
+    if tuple(order.shape) != (M,):
+        raise ValueError(f"order has shape {tuple(order.shape)}; give the slot of each of the M={M} rows of x, ({M},)")
+    if M >= 2**31:
+        raise ValueError(f"x has M={M} rows; give fewer than 2**31")
+    if not x.device == scores.device == order.device:
+        devices = ", ".join(str(tensor.device) for tensor in (x, scores, order))
+        raise ValueError(f"x, scores and order are on {devices}; move them to one device")
+
+
+# ----------------------------------------------------------------------------------------------------------------- ops
+
+LIBRARY.define(
+    "combine(Tensor x, Tensor scores, Tensor order, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    "combine_backward(Tensor dout, Tensor? x, Tensor scores, Tensor place, ScalarType? dx_dtype) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and pipeline.HAS_TRITON
+
+
+@torch.library.impl(LIBRARY, "combine", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def _combine(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``(out [T, D], place int32 [M])``, place the row of each slot."""
+    _check(x, scores, order, dtype)
+    k = scores.shape[1]
+    if not _has_kernels(x):
+        _, place = emulation.invert(order, k)
+        return emulation.combine(x, scores, place, dtype), place
+    out, place = _empty(x, scores, dtype)
+    with on_device(x):
+        permute.invert(order.contiguous(), k, None, place)
+        permute.combine(x.contiguous(), scores.contiguous(), place, out)
+    return out, place
+
+
+def _empty(x: Tensor, scores: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(scores.shape[0], x.shape[1], dtype=dtype or x.dtype)
+    return out, x.new_empty(x.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("xmoe::combine", lib=LIBRARY)
+def _(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    _check(x, scores, order, dtype)
+    return _empty(x, scores, dtype)
+
+
+@torch.library.impl(LIBRARY, "combine_backward", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def _combine_backward(
+    dout: Tensor, x: Tensor | None, scores: Tensor, place: Tensor, dx_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """``(dx [M, D], dscores float32 [T, k])``; empty [0] without `dx_dtype`, and without x [M, D]."""
+    if not _has_kernels(dout):
+        dx, dscores = emulation.combine_backward(dout, x, scores, place, dx_dtype)
+        return dout.new_empty(0) if dx is None else dx, scores.new_empty(0) if dscores is None else dscores
+    dx, dscores = _empty_gradients(dout, x, scores, place, dx_dtype)
+    with on_device(dout):
+        permute.combine_backward(
+            dout.contiguous(), None if x is None else x.contiguous(), scores.contiguous(), place,
+            None if dx_dtype is None else dx, None if x is None else dscores,
+        )  # fmt: skip
+    return dx, dscores
+
+
+@torch.library.register_fake("xmoe::combine_backward", lib=LIBRARY)
+def _empty_gradients(
+    dout: Tensor, x: Tensor | None, scores: Tensor, place: Tensor, dx_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    dx_shape = (0,) if dx_dtype is None else (place.shape[0], dout.shape[1])
+    return dout.new_empty(dx_shape, dtype=dx_dtype), scores.new_empty((0,) if x is None else scores.shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+_combine_op = torch.ops.xmoe.combine.default
+_backward_op = torch.ops.xmoe.combine_backward.default
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        out, place = direct(_combine_op, _combine, x, scores, order, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(place)
+        need_dx, need_dscores = ctx.needs_input_grad[:2]
+        ctx.dx_dtype = x.dtype if need_dx else None
+        ctx.save_for_backward(x if need_dscores else None, scores, place)
+        return out, place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, (need_dx, need_dscores) = gradients[0], ctx.needs_input_grad[:2]
+        if dout is None:
+            return (None,) * 4
+
+        def found() -> tuple[Tensor | None, ...]:
+            x, scores, place = ctx.saved_tensors
+            dx, dscores = direct(_backward_op, _combine_backward, dout, x, scores, place, ctx.dx_dtype)
+            return dx if need_dx else None, dscores if need_dscores else None
+
+        return *differentiable_once("combine", found), None, None
+
+
+@torch.library.impl(LIBRARY, "combine", "Autograd")
+@torch._disable_dynamo
+def _combine_with_autograd(
+    x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (x.requires_grad or scores.requires_grad):
+        return _Combine.apply(x, scores, order, dtype)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _combine_op(x, scores, order, dtype)
