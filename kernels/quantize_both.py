@@ -205,15 +205,17 @@ def schedule(scaling: str, gated: bool = False, gradient: bool = False) -> tuple
     """(BLOCK_R, ROWS, registers a thread; None: what the compiler takes).
 
     At [128000, 7168] on an H200, in ms, where the two quantizers of either operand take 1.39 (blockwise) and 1.71 (MX):
-    blockwise with 32 rows 1.22, and 1.28 without the limit, with 16 rows 1.35; gated with 16 rows 2.00, without the
-    limit 2.92, with 32 rows 2.04. MX with 8 rows 1.19, with 16 1.22; gated with 16 1.60, with 8 1.77; with 128 tokens a
-    program 1.30 and 1.99 at best. The spills that a limit causes cost less than the warps gain for which it makes room.
+    blockwise with 32 rows 1.22, and 1.28 without the limit, with 16 rows 1.35; MX with 8 rows 1.19, with 16 1.22, with
+    128 tokens a program 1.30. Gated [131072, 8192]: blockwise with 16 rows 2.11 (limited to 80: 2.21), MX with 8 rows
+    1.82. Gradients of [131072, 2 x 8192], where the gradient and then its operands take 5.54 and 6.7: blockwise with 16
+    rows 4.42 (without the limit 7.12, with 32 rows 5.27), MX with 8 rows 3.86. The spills that a limit causes cost less
+    than the warps gain for which it makes room.
     """
-    if gradient:
-        return (32, 8, None) if scaling == "mx" else (128, 32, 168)
     if scaling == "mx":
-        return (32, 16, 104) if gated else (32, 8, None)
-    return (128, 16, 80) if gated else (128, 32, 168)
+        return 32, 8, None
+    if gradient:
+        return 128, 16, 128
+    return (128, 16, None) if gated else (128, 32, 168)
 
 
 def fuses(format: str, x: torch.Tensor, straight: bool) -> bool:

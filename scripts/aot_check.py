@@ -235,11 +235,11 @@ def gated(case: Case) -> Iterator[Case]:
             if constants["AMAX"]:
                 constants.pop("kept_ptr")
                 case = replace(case, types=case.types | {"kept_ptr": case.types["x_ptr"]})
-            if 2 * sum(pieces) <= quantize_rows_fp8.LONGEST_ROW:
+            if 2 * sum(pieces) <= quantize_rows_fp8.LONGEST_ROW and size == 2:
                 warps, _, stages = quantize_rows_fp8.row_schedule(pieces, size, gradient=True)
                 types = case.types | dict.fromkeys(("dh_ptr", "kept_ptr"), case.types["x_ptr"])
                 of_gradient = {name: value for name, value in case.constants.items() if name not in types}
-                yield replace(case, name=f"{case.name},gradient", warps=warps, types=types,
+                yield replace(case, name=f"{case.name},gradient", warps=warps, types=types, spills=8,
                               constants=of_gradient | {"GATED": False, "STAGES": stages})  # fmt: skip
         yield replace(case, name=f"{case.name},gated", constants=constants)
 
