@@ -162,11 +162,10 @@ def _backward_call(plan: Plan, need_dA: bool, need_dB: bool, amax_is_known: bool
 # ------------------------------------------------------------------------------------------------------------- experts
 
 
-def experts_forward(
-    plan: ExpertsPlan, x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, offs: jax.Array, *, save: bool
-) -> dict[str, jax.Array]:
-    """The outputs of `experts.forward_outputs`, by name."""
-    return _run(_experts_call(plan, "forward", save), x, w1, w2, w3, offs)
+def experts_forward(plan: ExpertsPlan, *inputs: jax.Array, save: bool) -> dict[str, jax.Array]:
+    """The outputs of `experts.forward_outputs`, by name. ``inputs``: x, w1, w2, w3, offs and, with ``plan.k``, order,
+    int32."""
+    return _run(_experts_call(plan, "forward", save), *inputs)
 
 
 class Gradient(NamedTuple):
@@ -192,21 +191,27 @@ def experts_gradient(
 
 
 def experts_dgrad(
-    plan: ExpertsPlan, gradient: Gradient, w1: jax.Array, w3: jax.Array, offs: jax.Array, w13_amax: jax.Array | None
+    plan: ExpertsPlan,
+    gradient: Gradient,
+    w1: jax.Array,
+    w3: jax.Array,
+    offs: jax.Array,
+    w13_amax: jax.Array | None,
+    place: jax.Array | None,
 ) -> jax.Array:
-    """dx. ``w13_amax``: of `experts_forward`."""
-    has_scale, known = gradient.d_scale is not None, w13_amax is not None
-    rest = (x for x in (gradient.d_scale, w13_amax) if x is not None)
-    return _run(_experts_call(plan, "dgrad", has_scale, known), gradient.d, w1, w3, offs, *rest)["dx"]
+    """dx. ``w13_amax``, ``place``: of `experts_forward`."""
+    rest = gradient.d_scale, w13_amax, place
+    call = _experts_call(plan, "dgrad", *(x is not None for x in rest))
+    return _run(call, gradient.d, w1, w3, offs, *(x for x in rest if x is not None))["dx"]
 
 
 def experts_wgrad(
-    plan: ExpertsPlan, gradient: Gradient, x_saved: Saved, offs: jax.Array
+    plan: ExpertsPlan, gradient: Gradient, x_saved: Saved, offs: jax.Array, tokens: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """``(dw1, dw3)``."""
-    has_scale = gradient.d_tokens_scale is not None
-    scale = (gradient.d_tokens_scale,) if has_scale else ()
-    got = _run(_experts_call(plan, "wgrad", has_scale), gradient.d_tokens, offs, *scale, *x_saved)
+    """``(dw1, dw3)``. ``tokens``: of `experts_forward`."""
+    rest = gradient.d_tokens_scale, tokens
+    call = _experts_call(plan, "wgrad", *(x is not None for x in rest))
+    got = _run(call, gradient.d_tokens, offs, *(x for x in rest if x is not None), *x_saved)
     return got["dw1"], got["dw3"]
 
 
@@ -218,20 +223,20 @@ def swiglu(gate_up: jax.Array, plan: ExpertsPlan) -> jax.Array:
 @functools.lru_cache(maxsize=4096)
 def _experts_call(plan: ExpertsPlan, stage: str, *flags: bool) -> _Call:
     """`flags`: of "forward", whether the backward's tensors are wanted; of "gradient", which operands are needed; of
-    "dgrad" and "wgrad", whether the operand has a scale; and of "dgrad", whether w13_amax is an input."""
+    "dgrad" and "wgrad", which of their optional inputs there are."""
     pipeline = _pipeline()
     from xmoe.kernels import experts
 
     config, device, implementation = plan.config, _device(plan.platform), _implementation(plan.config, plan.platform)
-    e = experts.Experts(plan.M, plan.D, plan.H, plan.G, plan.x_dtype, plan.w_dtype, plan.out_dtype)
+    e = experts.Experts(plan.M, plan.D, plan.H, plan.G, plan.x_dtype, plan.w_dtype, plan.out_dtype, plan.k)
     if plan.platform == "gpu":
         for local in jax.local_devices(backend="gpu"):
             experts.warm_up(e, config, _torch().device("cuda", local.local_hardware_id))
 
     if stage == "forward":
 
-        def forward(outputs: Any, scratch: Any, x: Any, w1: Any, w2: Any, w3: Any, offs: Any) -> None:
-            experts.forward(e, config, device, x, w1, w2, w3, offs, outputs, scratch)
+        def forward(outputs: Any, scratch: Any, x: Any, w1: Any, w2: Any, w3: Any, offs: Any, *order: Any) -> None:
+            experts.forward(e, config, device, x, w1, w2, w3, offs, outputs, scratch, *order)
 
         return _Call(experts.forward_spec(e, config, device, *flags), forward, implementation)
     if stage == "gradient":
@@ -247,19 +252,17 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: bool) -> _Call:
 
         return _Call(pipeline.Spec({**given, **spec.outputs}, spec.scratch), gradient, implementation, {1: 0, 2: 1})
     if stage == "dgrad":
-        has_scale, known = flags
 
         def dgrad(outputs: Any, scratch: Any, d: Any, w1: Any, w3: Any, offs: Any, *rest: Any) -> None:
-            scale, w13_amax = rest[0] if has_scale else None, rest[-1] if known else None
-            experts.dgrad(e, config, device, d, scale, (w1, w3), offs, outputs, scratch, w13_amax)
+            scale, w13_amax, place = _optional(flags, rest)
+            experts.dgrad(e, config, device, d, scale, (w1, w3), offs, outputs, scratch, w13_amax, place)
 
-        return _Call(experts.dgrad_spec(e, config, device, amax_is_known=known), dgrad, implementation)
+        return _Call(experts.dgrad_spec(e, config, device, amax_is_known=flags[1]), dgrad, implementation)
     if stage == "wgrad":
-        (has_scale,) = flags
 
         def wgrad(outputs: Any, scratch: Any, d_tokens: Any, offs: Any, *rest: Any) -> None:
-            scale, saved = (rest[0], rest[1:]) if has_scale else (None, rest)
-            experts.wgrad(e, config, device, d_tokens, scale, saved, offs, outputs, scratch)
+            (scale, tokens), saved = _optional(flags, rest), rest[sum(flags) :]
+            experts.wgrad(e, config, device, d_tokens, scale, saved, offs, outputs, scratch, tokens)
 
         return _Call(experts.wgrad_spec(e, config, device), wgrad, implementation)
 
@@ -267,6 +270,12 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: bool) -> _Call:
         experts.swiglu_into(gate_up, outputs["h"])
 
     return _Call(pipeline.Spec({"h": pipeline.TensorSpec((plan.M, plan.H), plan.x_dtype)}), hidden, implementation)
+
+
+def _optional(there: tuple[bool, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The optional inputs, None in place of those that are not `there`."""
+    rest = iter(given)
+    return tuple(next(rest) if is_there else None for is_there in there)
 
 
 # ------------------------------------------------------------------------------------------------------------- devices

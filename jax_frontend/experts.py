@@ -1,7 +1,7 @@
 """`swiglu_experts`: the three grouped GEMMs of SwiGLU experts, and the SwiGLU between them, as one differentiable op.
 
-M tokens sorted by expert, D model width, H hidden width of an expert, G experts. What the stages do, and what they save
-beside three `ragged_dot`, is in ``kernels/experts.py``.
+M rows sorted by expert, D model width, H hidden width of an expert, G experts, T tokens that go to k experts each. What
+the stages do, and what they save beside three `ragged_dot`, is in ``kernels/experts.py``.
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from xmoe.jax_frontend import bridge, emulation
+from xmoe.jax_frontend.permute import permute_tokens, sum_slots
 from xmoe.jax_frontend.plan import ExpertsPlan, make_experts_plan
 from xmoe.jax_frontend.ragged_dot import backward as gemm_backward
 from xmoe.jax_frontend.ragged_dot import ragged_dot, report_bad_sizes, vary_together
@@ -26,6 +27,7 @@ def swiglu_experts(
     group_sizes: jax.Array,
     *,
     config: Any = None,
+    order: jax.Array | None = None,
     implementation: Literal["bridge", "jax"] | None = None,
 ) -> jax.Array:
     """[M, D]: w2 (silu(w1 x) * w3 x) of every row with the weights of its expert; quantized by ``config``.
@@ -34,72 +36,83 @@ def swiglu_experts(
     gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not divide H (32 in
     MX formats, 128 in ``fp8_blockwise``), and only there, it is three `ragged_dot`.
 
+    With ``order`` the tokens come as the router saw them, and are quantized through the permutation: no sorted copy of
+    them is made. The result is sorted by expert either way; `combine` takes it back.
+
     Args:
-        x: [M, D], bfloat16 or float32; the rows of expert g follow those of g-1, rows past the last come out as zeros.
+        x: [M, D], sorted, or, with ``order``, [T, D], bfloat16 or float32; the rows of expert g follow those of g-1,
+            rows past the last come out as zeros.
         w1, w3: [G, H, D], gate and up, bfloat16 or float32. D and H are multiples of 16.
         w2: [G, D, H], down, in the dtype of w1 and w3.
         group_sizes: [G], of any integer dtype.
         config: a `GroupedMMConfig`, a recipe (enum or name), or None for the bfloat16 baseline.
+        order: [M], M = T * k, the slot of each row (`permute_tokens`): row r is token ``order[r] // k``.
         implementation: as in `ragged_dot`.
 
     Raises:
         ValueError: at trace time, naming the argument, its value and the fix.
         ImportError: torch, which the bridge needs, cannot be imported.
     """
-    plan = make_experts_plan(x, w1, w2, w3, group_sizes, config, implementation)
+    plan = make_experts_plan(x, w1, w2, w3, group_sizes, config, implementation, order)
     if not whole_blocks(plan.config.format, plan.H):
         dot = functools.partial(
             ragged_dot, group_sizes=group_sizes, config=config, transpose_rhs=True, implementation=implementation
         )
+        x = x if order is None else permute_tokens(x, order)
         gate, up = dot(x, w1), dot(x, w3)
         return dot(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up, w2)
     if plan.config.debug:
         jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
     offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    return _swiglu_experts(plan, *vary_together(x, w1, w2, w3, offs))
+    permutation = () if order is None else (order.astype(jnp.int32),)
+    return _swiglu_experts(plan, *vary_together(x, w1, w2, w3, offs, *permutation))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu_experts(
-    plan: ExpertsPlan, x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, offs: jax.Array
+    plan: ExpertsPlan, x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, offs: jax.Array, *order: jax.Array
 ) -> jax.Array:
-    return _forward(plan, x, w1, w2, w3, offs, save=False)["out"]
+    """``order``: nothing where x is sorted."""
+    return _forward(plan, x, w1, w2, w3, offs, *order, save=False)["out"]
 
 
-def _fwd(plan: ExpertsPlan, x: Any, w1: Any, w2: Any, w3: Any, offs: Any) -> tuple[jax.Array, Any]:
+def _fwd(plan: ExpertsPlan, x: Any, w1: Any, w2: Any, w3: Any, *rest: Any) -> tuple[jax.Array, Any]:
     """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
     needs = tuple(argument.perturbed for argument in (x, w1, w2, w3))
-    got = _forward(plan, x.value, w1.value, w2.value, w3.value, offs.value, save=True)
+    offs, *order = (argument.value for argument in rest)
+    got = _forward(plan, x.value, w1.value, w2.value, w3.value, offs, *order, save=True)
     x_saved, h_saved = (
         tuple(got[name] for name in (f"{part}_tokens", f"{part}_tokens_scale") if name in got) for part in "xh"
     )
     if not x_saved:  # the config's wgrad takes x, and h, which the backward makes again
         x_saved = (x.value,)
+    permutation = {name: got[name] for name in ("place", "tokens") if name in got}
     return got["out"], (
         got["gate_up"], x_saved if needs[1] or needs[3] else None, h_saved if needs[2] else None,
-        w1.value, w2.value, w3.value, got.get("w13_amax"), got.get("w2_amax"), offs.value, () if needs[0] else None,
+        w1.value, w2.value, w3.value, got.get("w13_amax"), got.get("w2_amax"), offs, permutation,
+        () if needs[0] else None,
     )  # fmt: skip
 
 
 def _bwd(plan: ExpertsPlan, residuals: Any, dout: Any) -> tuple[jax.Array | None, ...]:
-    gate_up, x_saved, h_saved, w1, w2, w3, w13_amax, w2_amax, offs, wants_dx = residuals
-    need_dx = wants_dx is not None
+    gate_up, x_saved, h_saved, w1, w2, w3, w13_amax, w2_amax, offs, permutation, wants_dx = residuals
+    need_dx, no_gradient = wants_dx is not None, (None,) * (2 if plan.k else 1)
     if isinstance(dout, SymbolicZero):
-        return None, None, None, None, None
+        return None, None, None, None, *no_gradient
     if h_saved == ():
         h_saved = (bridge.swiglu(gate_up, plan) if _has_kernels(plan) else emulation.swiglu(gate_up),)
     need_dh = need_dx or x_saved is not None
     if not need_dh and h_saved is None:
-        return None, None, None, None, None
+        return None, None, None, None, *no_gradient
     dh, dw2 = gemm_backward(plan.of_output, dout, h_saved, w2 if need_dh else None, offs, w2_amax)
     dx = dw1 = dw3 = None
     if need_dh:
         gradient = _gradient(plan, dh, gate_up, offs, need_dx, x_saved is not None)
         if need_dx:
-            dx = _dgrad(plan, gradient, w1, w3, offs, w13_amax)
+            dx = _dgrad(plan, gradient, w1, w3, offs, w13_amax, permutation.get("place"))
         if x_saved is not None:
-            dw1, dw3 = _wgrad(plan, gradient, x_saved, offs)
-    return dx, dw1, dw2, dw3, None
+            dw1, dw3 = _wgrad(plan, gradient, x_saved, offs, permutation.get("tokens"))
+    return dx, dw1, dw2, dw3, *no_gradient
 
 
 _swiglu_experts.defvjp(_fwd, _bwd, symbolic_zeros=True)
@@ -112,10 +125,14 @@ def _has_kernels(plan: ExpertsPlan) -> bool:
     return plan.engine == "bridge" and bridge.has_kernels(plan.config, plan.platform)
 
 
-def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *, save: bool) -> dict[str, jax.Array]:
+def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *order, save: bool) -> dict[str, jax.Array]:
     """By name out, and with ``save`` gate_up and, where they are, what else `bridge.experts_forward` gives."""
     if plan.engine == "bridge":
-        return bridge.experts_forward(plan, x, w1, w2, w3, offs, save=save)
+        return bridge.experts_forward(plan, x, w1, w2, w3, offs, *order, save=save)
+    permutation = {}
+    if order:
+        permutation = {"place": jnp.argsort(order[0]), "tokens": order[0] // plan.k}
+        x = x[permutation["tokens"]]
 
     def dot(a: jax.Array, w: jax.Array, out_dtype: str, save: bool) -> tuple[jax.Array, emulation.Saved]:
         return emulation.forward(a, w.swapaxes(1, 2), offs, plan.config, out_dtype, save_tokens=save)
@@ -124,7 +141,7 @@ def _forward(plan: ExpertsPlan, x, w1, w2, w3, offs, *, save: bool) -> dict[str,
     up, _ = dot(x, w3, plan.x_dtype, False)
     gate_up = jnp.concatenate([gate, up], axis=1)
     out, h_saved = dot(emulation.swiglu(gate_up), w2, plan.out_dtype, save)
-    got = {"out": out, "gate_up": gate_up} if save else {"out": out}
+    got = {"out": out, "gate_up": gate_up, **permutation} if save else {"out": out}
     for part, saved in (("x", x_saved), ("h", h_saved)):
         if len(saved) == 2:
             got[f"{part}_tokens"], got[f"{part}_tokens_scale"] = saved
@@ -139,17 +156,24 @@ def _gradient(plan: ExpertsPlan, dh, gate_up, offs, need_dx: bool, need_dw: bool
     return bridge.Gradient(d_gate_up, None, d_gate_up, None)
 
 
-def _dgrad(plan: ExpertsPlan, gradient: bridge.Gradient, w1, w3, offs, w13_amax: jax.Array | None) -> jax.Array:
+def _dgrad(
+    plan: ExpertsPlan, gradient: bridge.Gradient, w1, w3, offs, w13_amax: jax.Array | None, place: jax.Array | None
+) -> jax.Array:
     """The gradient of x."""
     if plan.engine == "bridge":
-        return bridge.experts_dgrad(plan, gradient, w1, w3, offs, w13_amax)
+        return bridge.experts_dgrad(plan, gradient, w1, w3, offs, w13_amax, place)
     joint = jnp.concatenate([w1, w3], axis=1).swapaxes(1, 2)
-    return emulation.dgrad(gradient.d, joint, offs, plan.config, plan.x_dtype)
+    dx = emulation.dgrad(gradient.d, joint, offs, plan.config, plan.x_dtype)
+    return dx if place is None else sum_slots(dx, place, plan.k)
 
 
-def _wgrad(plan: ExpertsPlan, gradient: bridge.Gradient, x_saved: emulation.Saved, offs) -> tuple[jax.Array, ...]:
+def _wgrad(
+    plan: ExpertsPlan, gradient: bridge.Gradient, x_saved: emulation.Saved, offs, tokens: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """The gradients of w1 and w3."""
     if plan.engine == "bridge":
-        return bridge.experts_wgrad(plan, gradient, x_saved, offs)
+        return bridge.experts_wgrad(plan, gradient, x_saved, offs, tokens)
+    if tokens is not None and len(x_saved) == 1:
+        x_saved = (x_saved[0][tokens],)
     halves = jnp.split(gradient.d_tokens, 2, axis=1)
     return tuple(emulation.wgrad(x_saved, d, offs, plan.config, plan.w_dtype).swapaxes(1, 2) for d in halves)

@@ -17,6 +17,7 @@ except ImportError as error:
 from xmoe.config import GroupedMMConfig, as_config
 from xmoe.fqn import UNMATCHED, FqnToConfig, Name, dotted
 from xmoe.jax_frontend.experts import swiglu_experts
+from xmoe.jax_frontend.permute import combine, permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot
 from xmoe.operands import FEATURE_MULTIPLE
 
@@ -81,12 +82,14 @@ class Experts(nnx.Module):
         self.w3 = nnx.Param(_expert_init(rngs.params(), (num_experts, hidden_dim, dim), param_dtype))
         self.configs = nnx.static(configs)
 
-    def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """x [M, D] -> [M, D]; ``group_sizes`` int32 [E] tokens of each expert."""
+    def __call__(self, x: jax.Array, group_sizes: jax.Array, order: jax.Array | None = None) -> jax.Array:
+        """x [M, D] -> [M, D]; ``group_sizes`` int32 [E] rows of each expert. With the ``order`` of `permute_tokens` x
+        is [T, D], not sorted yet."""
         configs = self.configs
         if configs.w1 is not None and configs.w1 == configs.w2 == configs.w3:
             w1, w2, w3 = (w[...].astype(x.dtype) for w in (self.w1, self.w2, self.w3))
-            return swiglu_experts(x, w1, w2, w3, group_sizes, config=configs.w1)
+            return swiglu_experts(x, w1, w2, w3, group_sizes, config=configs.w1, order=order)
+        x = x if order is None else permute_tokens(x, order)
         hidden = _swiglu(self._dot(x, "w1", group_sizes), self._dot(x, "w3", group_sizes))
         return self._dot(hidden, "w2", group_sizes)
 
@@ -161,7 +164,7 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``(y, load_balance_loss)`` of x [..., D]: y like x, and a float32 scalar (Switch Transformer, equation 4)."""
         tokens = x.reshape(-1, x.shape[-1])
-        (T, D), k = tokens.shape, self.top_k
+        T, k = tokens.shape[0], self.top_k
         inputs = tokens if self.dtype is None else tokens.astype(self.dtype)
         router = self.router.weight[...].astype(jnp.float32)
         logits = jnp.matmul(tokens.astype(jnp.float32), router.T, precision=jax.lax.Precision.HIGHEST)
@@ -173,35 +176,14 @@ class MoE(nnx.Module):
 
         chosen = chosen.reshape(-1)  # [T * k]
         order = jnp.argsort(chosen, stable=True)  # slots, by expert
-        place = jnp.argsort(order)  # of each slot among the sorted ones
         group_sizes = (chosen[:, None] == jnp.arange(self.num_experts)).sum(axis=0, dtype=jnp.int32)
-        routed = self.experts(_gather(k, inputs, order, place), group_sizes)
-        routed = _gather(1, routed, place, order).reshape(T, k, D)
-        y = (routed.astype(jnp.float32) * scores[..., None]).sum(axis=1).astype(x.dtype)
+        y = combine(self.experts(inputs, group_sizes, order), scores, order).astype(x.dtype)
         if self.shared is not None:
             y = y + self.shared(inputs).astype(x.dtype)
 
         fraction = group_sizes.astype(jnp.float32) / max(1, T * k)
         mean = probabilities.sum(axis=0) / max(1, T)
         return y.reshape(x.shape), self.num_experts * (fraction * mean).sum()
-
-
-def _take(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[index // k], ``index`` a permutation of k slots for each row of x and ``inverse`` its inverse."""
-    return x[index // k]
-
-
-def _take_fwd(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _take(k, x, index, inverse), inverse
-
-
-def _take_bwd(k: int, inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    """Gathers too, where the gradient of indexing would add rows up in any order."""
-    return gradient[inverse].reshape(-1, k, gradient.shape[-1]).sum(axis=1), None, None
-
-
-_gather = jax.custom_vjp(_take, nondiff_argnums=(0,))
-_gather.defvjp(_take_fwd, _take_bwd)
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from xmoe.config import GroupedMMConfig, KernelPreference, as_config
 from xmoe.dtypes import dtype_name
+from xmoe.jax_frontend.permute import slots_of_token
 from xmoe.operands import FEATURE_MULTIPLE
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsPlan:
-    """The static facts of one `swiglu_experts`: x [M, D], w1 and w3 [G, H, D], w2 [G, D, H]."""
+    """The static facts of one `swiglu_experts`: x [M, D] (with k [M / k, D], not sorted), w1 and w3 [G, H, D], w2
+    [G, D, H]."""
 
     M: int
     D: int
@@ -56,6 +58,7 @@ class ExpertsPlan:
     config: GroupedMMConfig
     engine: Engine
     platform: str
+    k: int = 0
 
     @property
     def of_output(self) -> Plan:
@@ -135,11 +138,12 @@ def make_experts_plan(
     group_sizes: jax.Array,
     config: Any,
     implementation: str | None,
+    order: jax.Array | None = None,
 ) -> ExpertsPlan:
     """Checks a call. Raises ValueError naming the argument, its value and the fix."""
     config = as_config(config)
-    for name, array in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("group_sizes", group_sizes)):
-        if not hasattr(array, "shape"):
+    for name, array in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("group_sizes", group_sizes), ("order", order)):
+        if not hasattr(array, "shape") and not (name == "order" and array is None):
             raise ValueError(f"{name} is a {type(array).__name__}; give an array, jnp.asarray({name})")
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; give [M, D], with leading axes flattened by reshape(-1, D)")
@@ -166,7 +170,8 @@ def make_experts_plan(
     out_dtype = dtype_name(config.out_dtype or x_dtype, "config.out_dtype", DTYPES)
     where = platform()
     engine = _engine(config, implementation, where)
-    return ExpertsPlan(x.shape[0], D, H, G, x_dtype, w_dtype, out_dtype, config, engine, where)
+    M, k = (x.shape[0], 0) if order is None else (order.shape[0], slots_of_token(x, order))
+    return ExpertsPlan(M, D, H, G, x_dtype, w_dtype, out_dtype, config, engine, where, k)
 
 
 def _engine(config: GroupedMMConfig, implementation: str | None, where: str) -> Engine:

@@ -6,6 +6,7 @@ M tokens, K contraction of the forward, N output features, G groups.
 import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -35,10 +36,15 @@ class Call:
         offs: torch.Tensor,
         scratch: Tensors,
         gated: bool = False,
+        index: torch.Tensor | None = None,
     ):
         """`gated`: the activations that come are [M, 2K], for their SwiGLU [M, K]. In fp8_rowwise the pass over rows
-        leaves that in ``kept`` of the scratch, for the tokens."""
-        self.problem, self.config, self.device, self.gated = problem, config, device, gated
+        leaves that in ``kept`` of the scratch, for the tokens. `index` int32 [M]: of the activations that come row
+        index[r] is row r."""
+        self.problem, self.config, self.device = problem, config, device
+        self.gated = gated
+        self.source: dict[str, Any] = {"gated": gated, "index": index}
+        """How the quantizers read the activations."""
         self.implementation = select(config, device)
         self.offs, self.scratch = offs, scratch
         self.precise = config.accumulation is Accumulation.PRECISE
@@ -71,7 +77,7 @@ class Call:
         data, scale = self._rows(name)
         dh = self._gradient(x, dh)
         map = self.map(TOKEN_TILE) if self.implementation.scale_tiles else None
-        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, gated=self.gated, dh=dh)
+        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, dh=dh, **self.source)
         return data, scale
 
     def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -111,18 +117,18 @@ class Call:
         amax_is_known: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The wgrad operand of x, `name` in `tensors`; amax as in `rows_and_amax`."""
-        gated = self.gated
-        if gated and amax_is_known:
-            x, gated = self.scratch["kept"], False
+        source = self.source
+        if self.gated and amax_is_known:
+            x, source = self.scratch["kept"], {}
         data, scale = tensors[name], self.rows_first(tensors.get(f"{name}_scale"))
         map = self.map(TOKEN_TILE)
         if self.implementation.straight_tokens:
-            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, gated=gated)
+            quantize_blocks.quantize_tokens_straight(x, self.config.format, data, scale, *map, **source)
         else:
             assert scale is not None, f"{name} has no scale"
             amax = self.scratch.get(f"{name}_amax") if amax is None else amax
             quantize.quantize_tokens(
-                x, self.config.format, data, scale, amax, *map, amax_is_known=amax_is_known, gated=gated
+                x, self.config.format, data, scale, amax, *map, amax_is_known=amax_is_known, **source
             )
         return data, scale
 
@@ -134,7 +140,7 @@ class Call:
             data, scale = tensors[f"{name}_tokens"], self.rows_first(tensors.get(f"{name}_tokens_scale"))
             map = self.map(TOKEN_TILE)
             quantize_both.quantize_rows_and_tokens(
-                x, self.config.format, *rows, data, scale, *map, gated=self.gated, dh=dh
+                x, self.config.format, *rows, data, scale, *map, dh=dh, **self.source
             )
             return rows, (data, scale)
         amax = self.scratch.get(f"{name}_tokens_amax")
@@ -150,7 +156,7 @@ class Call:
         dh = self._gradient(x, dh)
         columns, kept = (amax, self.map(TOKEN_TILE)[1]), self.scratch.get("kept")
         known = quantize.quantize_rows(
-            x, self.config.format, data, scale, self.programs, columns, gated=self.gated, dh=dh, kept=kept
+            x, self.config.format, data, scale, self.programs, columns, dh=dh, kept=kept, **self.source
         )
         return (data, scale), known
 

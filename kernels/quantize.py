@@ -55,6 +55,7 @@ def quantize_rows(
     gated: bool = False,
     dh: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> bool:
     """Quantize `x` [R, C] or [G, P, C] (bf16 or fp32, any strides) along C. Returns whether `columns` was filled.
 
@@ -75,8 +76,9 @@ def quantize_rows(
         dh: for "fp8_rowwise" with C up to LONGEST_ROW: x [R, C] becomes its gradient, given that of its SwiGLU, dh
             [R, C/2] (`swiglu.py`), both contiguous. `data` may lie where a dh of its size does.
         kept: [R, C] in the dtype of x, receives that where `columns` is filled.
+        index: int32 [R]: x is [T, C] with T <= R, and its row index[r] is row r.
     """
-    G, P, C = x.shape if x.ndim == 3 else (1, *x.shape)
+    G, P, C = x.shape if x.ndim == 3 else (1, len(x if index is None else index), x.shape[1])
     C = C // 2 if gated else C
     strides = x.stride() if x.ndim == 3 else (0, *x.stride())
     R = G * P
@@ -87,10 +89,10 @@ def quantize_rows(
     if format == "fp8_rowwise":
         amax, groups = columns if fills else (None, None)
         kept = x if dh is not None else kept if fills else None
-        launch_rows_fp8(x, strides, dh, data, scale, amax, groups, kept, R, P, C, programs, gated)
+        launch_rows_fp8(x, strides, index, dh, data, scale, amax, groups, kept, R, P, C, programs, gated)
         return fills
     assert dh is None, f"{format}: rows of a gradient come with its tokens"
-    launch_rows_blocks(x, strides, R, P, C, format, data, scale, map, gated)
+    launch_rows_blocks(x, strides, index, R, P, C, format, data, scale, map, gated)
     return False
 
 
@@ -105,6 +107,7 @@ def quantize_tokens(
     *,
     amax_is_known: bool = False,
     gated: bool = False,
+    index: torch.Tensor | None = None,
 ) -> None:
     """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, transposed and padded.
 
@@ -117,18 +120,20 @@ def quantize_tokens(
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.prepare`).
         amax_is_known: `amax` holds instead the bits of each column's largest magnitude (`columns` of `quantize_rows`).
         gated: x [M, 2C] stands for its SwiGLU [M, C].
+        index: int32 [M]: x is [T, C], and its row index[r] is row r.
     """
-    (C, Mp), M, G, x = data.shape, x.shape[0], groups.shape[0] - 1, x.unsqueeze(0)
+    M, G = len(x if index is None else index), groups.shape[0] - 1
+    (C, Mp), x = data.shape, x.unsqueeze(0)
     map = tiles, groups, Mp // TOKEN_TILE
     if format == "fp8_rowwise" and not amax_is_known:
         assert amax is not None, "fp8_rowwise needs amax"
-        launch_columns_amax(x, G, M, C, amax, *map, gated)
+        launch_columns_amax(x, G, M, C, amax, *map, gated, index)
     tiled = in_tiles(data, scale)
     if format == "fp8_blockwise":
         scale_strides = scale.stride()[::-1]
     else:
         scale_strides = 0, Mp // (TOKEN_TILE if tiled else MX_BLOCK)
-    launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated, tiled)
+    launch_columns(x, G, M, C, format, data, (0, Mp), scale, scale_strides, amax, *map, gated, tiled, index=index)
 
 
 def quantize_weights(

@@ -26,9 +26,17 @@ from xmoe.kernels.tiles import cdiv, tile_rows
 from xmoe.operands import MX_BLOCK, SCALE_BLOCKS, SCALE_TILE_BLOCKS, SCALE_TILE_ROWS, TOKEN_TILE, padded_tokens
 
 
+@triton.jit
+def source_row(x_ptr, stride_xg, stride_xr, index_ptr, row, P, inside=None):
+    """Where row `row`, of matrix row // P, begins in x; with index_ptr that is row index[row] of x."""
+    if index_ptr is not None:
+        row = tl.load(index_ptr + row, inside, None if inside is None else 0)
+    return x_ptr + (row // P).to(tl.int64) * stride_xg + (row % P).to(tl.int64) * stride_xr
+
+
 @triton.jit(do_not_specialize=["R", "P", "G", "stride_sb"])
 def rows_blocks(
-    x_ptr, stride_xg, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc, index_ptr,
     data_ptr,
     scale_ptr, stride_sr, stride_sb,
     tiles_ptr, groups_ptr,
@@ -59,7 +67,7 @@ def rows_blocks(
     first = tl.program_id(1) * BLOCK_C
     col = first + tl.arange(0, BLOCK_C)[None, :]
     mask = (row < end) & (col < C)
-    x_rows = x_ptr + row // P * stride_xg + row % P * stride_xr
+    x_rows = source_row(x_ptr, stride_xg, stride_xr, index_ptr, row, P, row < end)
     x = read(x_rows + col.to(tl.int64) * stride_xc, C * stride_xc, mask, GATED, HARDWARE).to(tl.float32)
     x = tl.reshape(x, (BLOCK_R, blocks, SIZE))
     amax = tl.max(magnitude(x), 2)
@@ -107,7 +115,7 @@ def square_blocks(
 
 @triton.jit(do_not_specialize=["G"])
 def columns_straight(
-    x_ptr, stride_xg, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc, index_ptr,
     data_ptr, stride_dg,
     scale_ptr, tiles_ptr, groups_ptr,
     G, R, C,
@@ -130,7 +138,10 @@ def columns_straight(
         values = ()
         for i in tl.static_range(32):
             row = (first + i).to(tl.int64)
-            x = read(x_columns + row * stride_xr, C * stride_xc, (row < end) & (col < C), GATED, HARDWARE)
+            x_row = row
+            if index_ptr is not None:
+                x_row = tl.load(index_ptr + row, row < end, 0).to(tl.int64)
+            x = read(x_columns + x_row * stride_xr, C * stride_xc, (row < end) & (col < C), GATED, HARDWARE)
             values += (x,)
             amax = tl.maximum(amax, magnitude(x.to(tl.float32)))
         byte = mx_byte(amax, RCEIL)
@@ -173,8 +184,8 @@ def scale_bits(scale: torch.Tensor | None) -> torch.Tensor | None:
     return scale if scale is None or scale.dtype == torch.float32 else scale.view(torch.uint8)
 
 
-def launch_rows_blocks(x, strides, R, P, C, format, data, scale, map, gated):
-    """`x` is R rows of C, P a matrix; its strides are those of [R/P, P, C]."""
+def launch_rows_blocks(x, strides, index, R, P, C, format, data, scale, map, gated):
+    """`x` is R rows of C, P a matrix; its strides are those of [R/P, P, C]. `index`: where its rows are, or None."""
     tiled = in_tiles(data, scale)
     narrowest = SCALE_TILE_BLOCKS * MX_BLOCK if tiled else SCALE_BLOCKS[format]
     block_c = min(ROW_BLOCKS, max(narrowest, 1 << (C - 1).bit_length()))
@@ -188,7 +199,7 @@ def launch_rows_blocks(x, strides, R, P, C, format, data, scale, map, gated):
     tiles, groups = map if tiled and map is not None else (None, None)
     launch(
         rows_blocks, (cdiv(scale_rows, block_r), cdiv(C, block_c)),
-        x, *strides, int8_or_bf16(data), scale_bits(scale), *scale_strides,
+        x, *strides, index, int8_or_bf16(data), scale_bits(scale), *scale_strides,
         tiles, groups, R, P, C, 1 if groups is None else groups.shape[0] - 1,
         SCALING=SCALING[format], GATED=gated, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
         SCALE_TILES=tiled, RAGGED=tiles is not None, BLOCK_R=block_r, BLOCK_C=block_c, HARDWARE=hardware(x),
@@ -204,15 +215,16 @@ def int8_or_bf16(data: torch.Tensor) -> torch.Tensor:
     return data if data.dtype == torch.bfloat16 else data.view(torch.int8)
 
 
-def launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles, gated=False):
-    """`x` and `data` are [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
+def launch_straight(x, G, R, C, format, data, scale, tiles, groups, num_tiles, gated=False, index=None):
+    """`x` and `data` are [G, R, C] (dense) or [1, R, C] with a tile map (ragged). `index`: where the rows are in a
+    ragged x."""
     ragged = tiles is not None
     assert data.stride()[1:] == (C, 1), f"strides {data.stride()}: expected rows of {C}"
     if num_tiles:
         block_c = straight_block(x.element_size(), gated)
         launch(
             columns_straight, (num_tiles * (TOKEN_TILE // MX_BLOCK), cdiv(C, block_c)),
-            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
+            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), index,
             int8_or_bf16(data), 0 if ragged else data.stride(0), None if scale is None else scale.view(torch.uint8),
             tiles, groups, G, 0 if ragged else R, C,
             GATED=gated, RAGGED=ragged, RCEIL=format == "mxfp8_rceil", DEQUANTIZE=scale is None,
@@ -229,6 +241,7 @@ def quantize_tokens_straight(
     groups: torch.Tensor,
     *,
     gated: bool = False,
+    index: torch.Tensor | None = None,
 ) -> None:
     """Quantize `x` [M, C] (bf16 or fp32, any strides) along the tokens of each group, in place of its layout: the bytes
     of `quantize_tokens`, neither transposed nor padded.
@@ -239,10 +252,11 @@ def quantize_tokens_straight(
         scale: E8M0 [Mp/32, C], written whole: the transpose of `quantize_tokens`'s; None with bf16 `data`.
         tiles, groups: the map of TOKEN_TILE-token tiles (`tiles.prepare`).
         gated: x [M, 2C] stands for its SwiGLU [M, C].
+        index: int32 [M]: x is [T, C], and its row index[r] is row r.
     """
     (M, C), G = data.shape, groups.shape[0] - 1
     num_tiles = padded_tokens(M, G) // TOKEN_TILE
-    launch_straight(x[None], G, M, C, format, data[None], scale, tiles, groups, num_tiles, gated)
+    launch_straight(x[None], G, M, C, format, data[None], scale, tiles, groups, num_tiles, gated, index)
 
 
 def dequantize_tokens_straight(

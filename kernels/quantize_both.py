@@ -42,7 +42,7 @@ BLOCK_C = 128
 
 @triton.jit(do_not_specialize=["G", "stride_sr", "stride_sb", "stride_st", "stride_sc"])
 def rows_and_tokens(
-    x_ptr, stride_xr, stride_xc, dh_ptr,
+    x_ptr, stride_xr, stride_xc, index_ptr, dh_ptr,
     rows_ptr,
     rows_scale_ptr, stride_sr, stride_sb,
     data_ptr, stride_dc,
@@ -75,15 +75,20 @@ def rows_and_tokens(
     own = col < width
     inside = own[None, :]
     row = (first + run * ROWS).to(tl.int64)[:, None]
-    x_at = x_ptr + row * stride_xr + col[None, :] * stride_xc
+    x_columns = x_ptr + col[None, :] * stride_xc
+    x_at = x_columns + row * stride_xr
     if dh_ptr is not None:
         dh_at = dh_ptr + row * width + col[None, :]
     pairs = ()
     ups = ()
     for i in tl.static_range(0, ROWS, 2):  # all on their way before the first is looked at
+        y_at = x_at + stride_xr
+        if index_ptr is not None:
+            x_at = x_columns + tl.load(index_ptr + row + i, i < left, 0).to(tl.int64) * stride_xr
+            y_at = x_columns + tl.load(index_ptr + row + i + 1, i + 1 < left, 0).to(tl.int64) * stride_xr
         if dh_ptr is None:
             x = read(x_at, C * stride_xc, (i < left) & inside, GATED, HARDWARE)
-            y = read(x_at + stride_xr, C * stride_xc, (i + 1 < left) & inside, GATED, HARDWARE)
+            y = read(y_at, C * stride_xc, (i + 1 < left) & inside, GATED, HARDWARE)
         elif BOTH:
             x, x_up = read_gradient(dh_at, x_at, width * stride_xc, (i < left) & inside, HARDWARE)
             y, y_up = read_gradient(
@@ -93,7 +98,7 @@ def rows_and_tokens(
         else:
             to_up = width * stride_xc
             x = read_half_gradient(dh_at, x_at, to_up, half, (i < left) & inside, HARDWARE)
-            y = read_half_gradient(dh_at + width, x_at + stride_xr, to_up, half, (i + 1 < left) & inside, HARDWARE)
+            y = read_half_gradient(dh_at + width, y_at, to_up, half, (i + 1 < left) & inside, HARDWARE)
         pairs += (pair(x, y, HARDWARE),)
         if dh_ptr is not None:
             dh_at += 2 * width
@@ -235,6 +240,7 @@ def quantize_rows_and_tokens(
     *,
     gated: bool = False,
     dh: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> None:
     """`quantize_rows` and `quantize_tokens` (MX: `quantize_tokens_straight`) of x [M, C], bf16 with any strides.
 
@@ -247,6 +253,7 @@ def quantize_rows_and_tokens(
         gated: x [M, 2C] stands for its SwiGLU [M, C].
         dh: x [M, C] stands for its gradient, given that of its SwiGLU, dh [M, C/2] (`swiglu.py`), both contiguous; C/2
             is a multiple of the format's block.
+        index: int32 [M]: x is [T, C], and its row index[r] is row r.
     """
     (M, C), G = rows.shape, groups.shape[0] - 1
     num_tiles = padded_tokens(M, G) // TOKEN_TILE
@@ -264,7 +271,7 @@ def quantize_rows_and_tokens(
     block_r, rows_of_warp, registers = schedule(scaling, gated, dh is not None)
     launch(
         rows_and_tokens, (num_tiles * (TOKEN_TILE // block_r) * cdiv(width, BLOCK_C) * halves,),
-        x, *x.stride(), dh, *out, tiles, groups,
+        x, *x.stride(), index, dh, *out, tiles, groups,
         G, C, SCALING=scaling, GATED=gated, RCEIL=format != "mxfp8_floor", BLOCK_R=block_r, BLOCK_C=BLOCK_C,
         ROWS=rows_of_warp, HARDWARE=hardware(x), num_warps=block_r // rows_of_warp, maxnreg=registers,
     )  # fmt: skip

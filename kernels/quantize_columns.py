@@ -33,7 +33,7 @@ EMPTY_SCALE = 2.0**-48
 
 @triton.jit(do_not_specialize=["G", "copies"])
 def columns_amax(
-    x_ptr, stride_xg, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc, index_ptr,
     amax_ptr, tiles_ptr, groups_ptr,
     G, R, C, copies,
     GATED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
@@ -43,7 +43,10 @@ def columns_amax(
         row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
         col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = (row < end) & (col < C)[None, :]
-        x_tile = x_ptr + group.to(tl.int64) * stride_xg + row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
+        x_row = row
+        if index_ptr is not None:
+            x_row = tl.load(index_ptr + row, row < end, 0).to(tl.int64)
+        x_tile = x_ptr + group.to(tl.int64) * stride_xg + x_row * stride_xr + col.to(tl.int64)[None, :] * stride_xc
         amax = tl.max(magnitude(read(x_tile, C * stride_xc, mask, GATED, HARDWARE).to(tl.float32)), 0)
         copy = (tl.program_id(0) % copies).to(tl.int64) * G + group
         tl.atomic_max(amax_ptr + copy * C + col, amax, col < C, sem="relaxed")
@@ -76,7 +79,7 @@ def transposed(words, left, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["G", "stride_st", "stride_sc", "first_block", "copies"])
 def columns(
-    x_ptr, stride_xg, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc, index_ptr,
     data_ptr, stride_dt, stride_dc,
     scale_ptr, stride_st, stride_sc, first_block,
     amax_ptr, tiles_ptr, groups_ptr,
@@ -99,13 +102,15 @@ def columns(
     block = tl.arange(0, 4)
     col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     left = (end - first - block * 32)[:, None]
-    x_first = (
-        x_ptr + group * stride_xg + (first + block * 32).to(tl.int64)[:, None] * stride_xr + col[None, :] * stride_xc
-    )
+    x_columns = x_ptr + group * stride_xg + col[None, :] * stride_xc
+    row = (first + block * 32).to(tl.int64)[:, None]
     values = ()
     amax = no_magnitudes((4, BLOCK_C), x_ptr.dtype.element_ty)
     for i in tl.static_range(32):
-        x = read(x_first + i * stride_xr, C * stride_xc, (i < left) & (col < C)[None, :], GATED, HARDWARE)
+        x_row = row + i
+        if index_ptr is not None:
+            x_row = tl.load(index_ptr + x_row, i < left, 0).to(tl.int64)
+        x = read(x_columns + x_row * stride_xr, C * stride_xc, (i < left) & (col < C)[None, :], GATED, HARDWARE)
         values += (x,)
         if SCALING != "rowwise":
             amax = larger(amax, x, HARDWARE)
@@ -193,23 +198,24 @@ def copies(amax: torch.Tensor | None) -> int:
     return 1 if amax is None or amax.ndim == 2 else amax.shape[0]
 
 
-def launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False):
+def launch_columns_amax(x, G, R, C, amax, tiles, groups, num_tiles, gated=False, index=None):
     """Raises `amax`, [G, C] or copies of it, to the largest magnitudes of x, where they are larger. Arguments as in
     `launch_columns`."""
     ragged = tiles is not None
     if num_tiles:
         launch(
             columns_amax, (num_tiles, cdiv(C, 64)),
-            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), amax, tiles, groups, G, 0 if ragged else R, C,
-            copies(amax), GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64, HARDWARE=hardware(x),
+            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), index, amax, tiles, groups,
+            G, 0 if ragged else R, C, copies(amax),
+            GATED=gated, RAGGED=ragged, BLOCK_R=TOKEN_TILE, BLOCK_C=64, HARDWARE=hardware(x),
         )  # fmt: skip
 
 
 def launch_columns(
     x, G, R, C, format, data, data_strides, scale, scale_strides, amax, tiles, groups, num_tiles, gated=False,
-    scale_tiles=False, first_block=0,
+    scale_tiles=False, first_block=0, index=None,
 ):  # fmt: skip
-    """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged)."""
+    """`x` is [G, R, C] (dense) or [1, R, C] with a tile map (ragged). `index`: where the rows are in a ragged x."""
     ragged = tiles is not None
     if format == "fp8_rowwise":
         assert amax.shape[-2:] == scale.shape == (G, C), f"amax {amax.shape}, scale {scale.shape}: expected {(G, C)}"
@@ -221,7 +227,7 @@ def launch_columns(
         width = cdiv(C, SCALE_TILE_ROWS) * SCALE_TILE_ROWS if scale_tiles else C
         launch(
             columns, (num_tiles, cdiv(width, block_c)),
-            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2),
+            x, 0 if ragged else x.stride(0), x.stride(1), x.stride(2), index,
             data.view(torch.int32), *(s // 4 for s in data_strides),
             scale_bits(scale), *scale_strides, first_block,
             amax, tiles, groups, G, 0 if ragged else R, C, copies(amax),

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from xmoe.kernels.e4m3 import encode, fp8_inverse, fp8_scale, hardware, magnitude
 from xmoe.kernels.launch import launch
+from xmoe.kernels.quantize_blocks import source_row
 from xmoe.kernels.quantize_columns import copies
 from xmoe.kernels.swiglu import read, read_gradient
 from xmoe.kernels.tiles import cdiv
@@ -20,19 +21,19 @@ LONGEST_ROW = 16384
 
 @triton.jit(do_not_specialize=["R", "P", "G", "copies"])
 def _rows_fp8(
-    x_ptr, stride_xg, stride_xr, stride_xc, dh_ptr,
+    x_ptr, stride_xg, stride_xr, stride_xc, index_ptr, dh_ptr,
     data_ptr, scale_ptr, kept_ptr,
     amax_ptr, groups_ptr,
     R, P, C, G, copies,
     GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P. A row lies in registers,
-    in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each group of rows, over
-    the rows that have a group, in one of `copies`; the other rows are left out. Without groups_ptr a matrix is a group.
-    What was read goes to kept_ptr, if there is one. With dh_ptr a row is the gradient of a SwiGLU's two halves, and
-    PIECES cover one of them. It may lie at kept_ptr and its bytes at data_ptr where its rows came from: a row is
-    written when all of it has been read."""
+    """Persistent: each program has an equal run of rows; row r is row r % P of matrix r // P, or row index[r] of x. A
+    row lies in registers, in PIECES whose lengths are powers of two. With AMAX also the maximum of each column in each
+    group of rows, over the rows that have a group, in one of `copies`; the other rows are left out. Without groups_ptr
+    a matrix is a group. What was read goes to kept_ptr, if there is one. With dh_ptr a row is the gradient of a
+    SwiGLU's two halves, and PIECES cover one of them. It may lie at kept_ptr and its bytes at data_ptr where its rows
+    came from: a row is written when all of it has been read."""
     RAGGED: tl.constexpr = groups_ptr is not None
     rows = R
     if RAGGED:
@@ -56,7 +57,7 @@ def _rows_fp8(
             last = tl.minimum(end, (group + 1) * P)
         if first < last:
             _rows_fp8_run(
-                x_ptr, stride_xg, stride_xr, stride_xc, dh_ptr, data_ptr, scale_ptr, kept_ptr, amax_ptr,
+                x_ptr, stride_xg, stride_xr, stride_xc, index_ptr, dh_ptr, data_ptr, scale_ptr, kept_ptr, amax_ptr,
                 copy * G + group, first, last, P, C, GATED, AMAX, PIECES, STAGES, HARDWARE,
             )  # fmt: skip
         first = last
@@ -65,7 +66,8 @@ def _rows_fp8(
 
 @triton.jit
 def _rows_fp8_run(
-    x_ptr, stride_xg, stride_xr, stride_xc, dh_ptr, data_ptr, scale_ptr, kept_ptr, amax_ptr, line, first, last, P, C,
+    x_ptr, stride_xg, stride_xr, stride_xc, index_ptr, dh_ptr, data_ptr, scale_ptr, kept_ptr, amax_ptr,
+    line, first, last, P, C,
     GATED: tl.constexpr, AMAX: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Rows first to last, all of one group; that has `line` of the maxima."""
@@ -84,7 +86,7 @@ def _rows_fp8_run(
             start += PIECES[i]
     for step in tl.range(0, last - first, num_stages=STAGES):
         row = first + step
-        x_row = x_ptr + (row // P).to(tl.int64) * stride_xg + (row % P).to(tl.int64) * stride_xr
+        x_row = source_row(x_ptr, stride_xg, stride_xr, index_ptr, row, P)
         out_row = row.to(tl.int64) * C
         read_values = ()
         ups = ()
@@ -121,14 +123,15 @@ def _rows_fp8_run(
 
 @triton.jit(do_not_specialize=["P"])
 def _long_rows_fp8(
-    x_ptr, stride_xg, stride_xr, stride_xc,
+    x_ptr, stride_xg, stride_xr, stride_xc, index_ptr,
     data_ptr, scale_ptr,
     P, C,
     GATED: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """One row a program, read twice."""
-    row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row // P * stride_xg + row % P * stride_xr
+    row = tl.program_id(0)
+    x_row = source_row(x_ptr, stride_xg, stride_xr, index_ptr, row, P)
+    row = row.to(tl.int64)
     column = tl.arange(0, BLOCK_C)
     amax = tl.zeros((), tl.int32)
     for first in range(0, C, BLOCK_C):
@@ -174,11 +177,11 @@ def row_schedule(
     return warps, 8 // warps, stages
 
 
-def launch_rows_fp8(x, strides, dh, data, scale, amax, groups, kept, R, P, C, programs, gated):
+def launch_rows_fp8(x, strides, index, dh, data, scale, amax, groups, kept, R, P, C, programs, gated):
     if C > LONGEST_ROW:
         assert dh is None, f"rows of {C}: a gradient is found in rows of up to {LONGEST_ROW}"
         launch(
-            _long_rows_fp8, (R,), x, *strides, data.view(torch.int8), scale, P, C,
+            _long_rows_fp8, (R,), x, *strides, index, data.view(torch.int8), scale, P, C,
             GATED=gated, BLOCK_C=4096, HARDWARE=hardware(x),
         )  # fmt: skip
         return
@@ -190,7 +193,7 @@ def launch_rows_fp8(x, strides, dh, data, scale, amax, groups, kept, R, P, C, pr
         count = min(count, max(programs, cdiv(R, LEAST_RUN)))
     launch(
         _rows_fp8, (count,),
-        x, *strides, dh, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G, copies(amax),
+        x, *strides, index, dh, data.view(torch.int8), scale, kept, amax, groups, R, P, C, G, copies(amax),
         GATED=gated, AMAX=amax is not None, PIECES=pieces, STAGES=stages, HARDWARE=hardware(x),
         num_warps=warps,
     )  # fmt: skip

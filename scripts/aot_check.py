@@ -202,46 +202,61 @@ def columns_case(label: str, types: dict[str, str], constants: dict[str, Any], r
                 divisible=("stride_xg", "stride_xr", "stride_dt", "stride_dc", "C", "R"))  # fmt: skip
 
 
-def gated(case: Case) -> Iterator[Case]:
-    """The quantizer as it reads a tensor, and, unless that is a weight, as it reads a SwiGLU's two halves."""
+def sources(case: Case) -> Iterator[Case]:
+    """The quantizer as it reads a tensor, and, unless that is a weight, rows of it that lie anywhere, a SwiGLU's two
+    halves, or these and their gradient."""
     if "GATED" not in case.kernel.arg_names:
         yield case
         return
+    case = replace(case, constants=case.constants | {"GATED": False, "index_ptr": None})
     if case.kernel is quantize_both.rows_and_tokens:
-        mx = case.constants["SCALING"] == "mx"
-        for source in ("", ",gated", ",gradient", *[",gradient in place"] * mx):
-            gate, gradient = source == ",gated", source.startswith(",gradient")
-            block_r, rows, registers = quantize_both.schedule(case.constants["SCALING"], gate, gradient)
-            constants, types = case.constants | {"GATED": gate, "BLOCK_R": block_r, "ROWS": rows}, case.types
-            if gradient:
-                constants.pop("dh_ptr")
-                types = types | {"dh_ptr": "*bf16"}
-            if source.endswith("in place"):
-                types, constants = types | {"data_ptr": "*bf16"}, constants | {"scale_ptr": None}
-            yield replace(case, name=case.name + source, types=types, constants=constants, warps=block_r // rows,
-                          registers=registers, spills=192 if registers else 0)  # fmt: skip
+        yield from both_operands(case)
         return
-    yield replace(case, constants=case.constants | {"GATED": False})
+    yield case
+    of_rows = case.kernel is quantize_rows_fp8._rows_fp8
     ragged, amax, by_group = (case.constants.get(name, True) for name in ("RAGGED", "AMAX", "groups_ptr"))
-    of_weights = not ragged or (case.kernel is quantize_rows_fp8._rows_fp8 and amax and by_group is None)
-    if not of_weights or case.kernel is quantize_blocks.rows_blocks:
-        constants, size = case.constants | {"GATED": True}, 2 if case.types["x_ptr"] == "*bf16" else 4
-        if case.kernel is quantize_blocks.columns_straight:
-            constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
-        if case.kernel is quantize_rows_fp8._rows_fp8:
-            pieces = constants["PIECES"]
-            warps, _, constants["STAGES"] = quantize_rows_fp8.row_schedule(pieces, size, True)
-            case = replace(case, warps=warps)
-            if constants["AMAX"]:
-                constants.pop("kept_ptr")
-                case = replace(case, types=case.types | {"kept_ptr": case.types["x_ptr"]})
-            if 2 * sum(pieces) <= quantize_rows_fp8.LONGEST_ROW and size == 2:
-                warps, _, stages = quantize_rows_fp8.row_schedule(pieces, size, gradient=True)
-                types = case.types | dict.fromkeys(("dh_ptr", "kept_ptr"), case.types["x_ptr"])
-                of_gradient = {name: value for name, value in case.constants.items() if name not in types}
-                yield replace(case, name=f"{case.name},gradient", warps=warps, types=types, spills=8,
-                              constants=of_gradient | {"GATED": False, "STAGES": stages})  # fmt: skip
-        yield replace(case, name=f"{case.name},gated", constants=constants)
+    if (not ragged or (of_rows and amax and by_group is None)) and case.kernel is not quantize_blocks.rows_blocks:
+        return
+    x, size = case.types["x_ptr"], 2 if case.types["x_ptr"] == "*bf16" else 4
+    yield replace(with_pointers(case, ",permuted", {"index_ptr": "*i32"}), spills=8 if size == 4 else 0)
+    gated = replace(case, name=f"{case.name},gated", constants=case.constants | {"GATED": True})
+    if case.kernel is quantize_blocks.columns_straight:
+        gated.constants["BLOCK_C"] = quantize_blocks.straight_block(size, True)
+    if of_rows:
+        pieces = case.constants["PIECES"]
+        warps, _, gated.constants["STAGES"] = quantize_rows_fp8.row_schedule(pieces, size, True)
+        gated = replace(gated, warps=warps)
+        if amax:
+            gated = with_pointers(gated, "", {"kept_ptr": x})
+        if 2 * sum(pieces) <= quantize_rows_fp8.LONGEST_ROW and size == 2:
+            warps, _, stages = quantize_rows_fp8.row_schedule(pieces, size, gradient=True)
+            gradient = with_pointers(case, ",gradient", {"dh_ptr": x, "kept_ptr": x})
+            yield replace(gradient, warps=warps, spills=8, constants=gradient.constants | {"STAGES": stages})
+    yield gated
+
+
+def both_operands(case: Case) -> Iterator[Case]:
+    """`sources` of the quantizer of rows and tokens."""
+    scaling = case.constants["SCALING"]
+    plain, gated, gradient = (
+        replace(
+            case, name=case.name + name, warps=block_r // rows, registers=registers, spills=192 if registers else 0,
+            constants=case.constants | {"GATED": name == ",gated", "BLOCK_R": block_r, "ROWS": rows},
+        )
+        for name in ("", ",gated", ",gradient")
+        for block_r, rows, registers in [quantize_both.schedule(scaling, name == ",gated", name == ",gradient")]
+    )  # fmt: skip
+    gradient = with_pointers(gradient, "", {"dh_ptr": "*bf16"})
+    yield from (plain, with_pointers(plain, ",permuted", {"index_ptr": "*i32"}), gated, gradient)
+    if scaling == "mx":
+        in_place = with_pointers(gradient, " in place", {"data_ptr": "*bf16"})
+        yield replace(in_place, constants=in_place.constants | {"scale_ptr": None})
+
+
+def with_pointers(case: Case, name: str, types: dict[str, str]) -> Case:
+    """`case` with arguments that it may go without."""
+    constants = {key: value for key, value in case.constants.items() if key not in types}
+    return replace(case, name=case.name + name, types=case.types | types, constants=constants)
 
 
 def with_cast(case: Case) -> Case:
@@ -405,7 +420,7 @@ def main() -> int:
     args = parser.parse_args()
     start = time.perf_counter()
     for sm in [args.sm] if args.sm else SHARED_MEMORY:
-        quantizers = (with_cast(variant) for case in quantizer_cases(sm) for variant in gated(case))
+        quantizers = (with_cast(variant) for case in quantizer_cases(sm) for variant in sources(case))
         cases = (*quantizers, *swiglu_cases(sm), *permute_cases(sm), *gemm_cases(sm))
         _cases.extend(case for case in cases if args.only in case.name)
     failed = 0

@@ -1,7 +1,7 @@
 """xmoe for PyTorch: grouped GEMMs, the weight wrapper and ``quantize_``, an MoE layer."""
 
 from xmoe.torch_backend.auto_filter import auto_filter
-from xmoe.torch_backend.combine import combine
+from xmoe.torch_backend.combine import combine, permute_tokens
 from xmoe.torch_backend.experts import swiglu_experts
 from xmoe.torch_backend.grouped_mm import (
     _to_fp8_rowwise_then_scaled_grouped_mm,
@@ -25,6 +25,7 @@ __all__ = [
     "cache_weights",
     "combine",
     "generate_jagged_offs",
+    "permute_tokens",
     "quantize_",
     "scaled_grouped_mm",
     "swiglu_experts",

@@ -1,4 +1,5 @@
-"""The experts' rows of each token, weighed and added up, as one differentiable op: ``xmoe::combine``.
+"""The permutation of an MoE layer as differentiable ops: ``xmoe::permute_tokens`` takes tokens to the rows of their
+experts, ``xmoe::combine`` weighs the experts' rows of each token and adds them up.
 
 T = tokens, k = experts that each token goes to, M = T*k rows sorted by expert, D = model width. The permutation and the
 kernels are those of `xmoe.kernels.permute`.
@@ -46,6 +47,53 @@ def combine(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None 
     return op(x, scores, order, dtype)[0]
 
 
+def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Takes tokens to the rows of their experts: row r is x[order[r] // k], with k = M // T.
+
+    The gradients of a token's k rows are added up in float32, in the order of its experts, without atomics. Experts
+    that quantize their input need no such copy: `swiglu_experts` takes ``order``.
+
+    Args:
+        x: bf16 or fp32 [T, D].
+        order: as in `combine`.
+
+    Returns:
+        [M, D], in the dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+        NotImplementedError: in the backward, where the gradient of a gradient is asked for.
+    """
+    for name, tensor in (("x", x), ("order", order)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is {'None' if tensor is None else type(tensor).__name__}; give a torch.Tensor")
+    op = _permute_with_autograd if unseen(x, order) else _permute_op
+    return op(x, order)[0]
+
+
+def _check_tokens(x: Tensor, order: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; give the tokens, [T, D]")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; cast it to torch.bfloat16 or torch.float32")
+    check_order(x.shape[0], order.shape, order.dtype)
+    if x.device != order.device:
+        raise ValueError(f"x is on {x.device} and order on {order.device}; move them to one device")
+
+
+def check_order(T: int, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raises ValueError unless an ``order`` of that shape and dtype holds T * k slots."""
+    if dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"order is {dtype}; give torch.int64 or torch.int32, as torch.argsort does")
+    if len(shape) != 1:
+        raise ValueError(f"order has shape {tuple(shape)}; give [M], the slot of each row")
+    M = shape[0]
+    if (M < T or M % T) if T else M:
+        raise ValueError(f"order has M={M} slots and x T={T} tokens; give T*k slots, k for each token")
+    if M >= 2**31:
+        raise ValueError(f"order has M={M} slots; give fewer than 2**31")
+
+
 def _check(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None) -> None:
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; give the experts' rows, [M, D]")
@@ -80,6 +128,12 @@ LIBRARY.define(
 LIBRARY.define(
     "combine_backward(Tensor dout, Tensor? x, Tensor scores, Tensor place, ScalarType? dx_dtype) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+LIBRARY.define("permute_tokens(Tensor x, Tensor order) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(
+    "permute_tokens_backward(Tensor dout, Tensor place, SymInt T) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
 
 
@@ -140,8 +194,54 @@ def _empty_gradients(
     return dout.new_empty(dx_shape, dtype=dx_dtype), scores.new_empty((0,) if x is None else scores.shape)
 
 
+@torch.library.impl(LIBRARY, "permute_tokens", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def _permute(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """``(out [M, D], place int32 [M])``, place the row of each slot."""
+    _check_tokens(x, order)
+    k = order.shape[0] // max(1, x.shape[0])
+    if not _has_kernels(x):
+        tokens, place = emulation.invert(order, max(1, k))
+        return emulation.gather(x, tokens), place
+    out, place = _empty_rows(x, order)
+    with on_device(x):
+        permute.invert(order.contiguous(), max(1, k), None, place)
+        permute.scatter(x.contiguous(), place, out)
+    return out, place
+
+
+@torch.library.register_fake("xmoe::permute_tokens", lib=LIBRARY)
+def _(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    _check_tokens(x, order)
+    return _empty_rows(x, order)
+
+
+def _empty_rows(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    M = order.shape[0]
+    return x.new_empty(M, x.shape[1]), x.new_empty(M, dtype=torch.int32)
+
+
+@torch.library.impl(LIBRARY, "permute_tokens_backward", "CompositeExplicitAutograd")
+@torch._disable_dynamo
+def _permute_backward(dout: Tensor, place: Tensor, T: int) -> Tensor:
+    """dx [T, D]."""
+    if not _has_kernels(dout):
+        return emulation.gather_sum(dout, place, place.shape[0] // T) if T else dout.new_empty(0, dout.shape[1])
+    dx = dout.new_empty(T, dout.shape[1])
+    with on_device(dout):
+        permute.gather_sum(dout.contiguous(), place, dx)
+    return dx
+
+
+@torch.library.register_fake("xmoe::permute_tokens_backward", lib=LIBRARY)
+def _(dout: Tensor, place: Tensor, T: int) -> Tensor:
+    return dout.new_empty(T, dout.shape[1])
+
+
 # ------------------------------------------------------------------------------------------------------------ autograd
 
+_permute_op = torch.ops.xmoe.permute_tokens.default
+_permute_backward_op = torch.ops.xmoe.permute_tokens_backward.default
 _combine_op = torch.ops.xmoe.combine.default
 _backward_op = torch.ops.xmoe.combine_backward.default
 
@@ -180,3 +280,34 @@ def _combine_with_autograd(
         return _Combine.apply(x, scores, order, dtype)
     with torch._C._AutoDispatchBelowAutograd():
         return _combine_op(x, scores, order, dtype)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        out, place = direct(_permute_op, _permute, x, order)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(place)
+        ctx.T = x.shape[0]
+        ctx.save_for_backward(place)
+        return out, place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout = gradients[0]
+        if dout is None:
+            return None, None
+
+        def found() -> tuple[Tensor]:
+            return (direct(_permute_backward_op, _permute_backward, dout, *ctx.saved_tensors, ctx.T),)
+
+        return *differentiable_once("permute_tokens", found), None
+
+
+@torch.library.impl(LIBRARY, "permute_tokens", "Autograd")
+@torch._disable_dynamo
+def _permute_with_autograd(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Permute.apply(x, order)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _permute_op(x, order)

@@ -5,13 +5,11 @@ T = tokens, D = model width, H = hidden width of one expert, E = experts, k = ex
 The Flax layer (``jax_frontend/moe.py``) has the same parameters, router and math.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xmoe.torch_backend.combine import combine
+from xmoe.torch_backend.combine import combine, permute_tokens
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor, wrapped_swiglu_experts
 
 
@@ -75,11 +73,13 @@ class GroupedExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
-        """x [rows, D], sorted by expert; offs int32 [E], the end row of each → [rows, D]."""
+    def forward(self, x: Tensor, offs: Tensor, order: Tensor | None = None) -> Tensor:
+        """x [rows, D], sorted by expert, or [T, D] with the ``order`` of `permute_tokens`; offs int32 [E], the end row
+        of each → [rows, D], sorted."""
         w1, w2, w3 = (w.to(x.dtype) for w in (self.w1, self.w2, self.w3))
         if isinstance(w1, ScaledGroupedMMTensor) and type(w1) is type(w2) is type(w3):
-            return wrapped_swiglu_experts(x, w1, w2, w3, offs)
+            return wrapped_swiglu_experts(x, w1, w2, w3, offs, order)
+        x = x if order is None else permute_tokens(x, order)
         w1, w2, w3 = (w.transpose(-2, -1) for w in (w1, w2, w3))
         h = F.silu(torch._grouped_mm(x, w1, offs=offs)) * torch._grouped_mm(x, w3, offs=offs)
         return torch._grouped_mm(h, w2, offs=offs)
@@ -105,24 +105,6 @@ class FeedForward(nn.Module):
         """x [T, D] → [T, D], in the dtype of x."""
         w1, w2, w3 = (layer.weight.to(x.dtype) for layer in (self.w1, self.w2, self.w3))
         return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
-
-
-class _Gather(torch.autograd.Function):
-    """x[index // k], `index` a permutation of k slots for each row of x and `inverse` its inverse.
-
-    The gradient gathers too, where that of indexing would add rows up in any order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, k: int, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.k = k
-        return x[index // k]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
-        (gradient,), (inverse,) = gradients, ctx.saved_tensors
-        return None, gradient[inverse].view(-1, ctx.k, gradient.shape[-1]).sum(1), None, None
 
 
 class MoE(nn.Module):
@@ -163,11 +145,8 @@ class MoE(nn.Module):
         """x [..., D] → (y like x, load-balance loss [] float32)."""
         tokens = x.reshape(-1, x.shape[-1])
         scores, experts, counts, loss = self.router(tokens)
-        k = scores.shape[1]
-
         order = torch.argsort(experts.flatten(), stable=True)  # slots, by expert
-        place = torch.argsort(order)  # of each slot among the sorted ones
-        routed = self.experts(_Gather.apply(k, tokens, order, place), counts.cumsum(0, dtype=torch.int32))
+        routed = self.experts(tokens, counts.cumsum(0, dtype=torch.int32), order)
         y = combine(routed, scores, order, x.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens)

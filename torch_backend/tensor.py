@@ -186,13 +186,15 @@ def _grouped_mm(
         return grouped_mm_by_key(self, mat2, offs, key)
 
 
-def wrapped_swiglu_experts(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> Tensor:
+def wrapped_swiglu_experts(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, order: Tensor | None = None
+) -> Tensor:
     """`xmoe.torch_backend.swiglu_experts` of weights that are wrapped with one config."""
     key = type(w1).config_key  # type: ignore[attr-defined]
     with torch._C.DisableTorchFunctionSubclass():
         if not torch.compiler.is_compiling():
             x, w1, w2, w3 = unwrap(x), unwrap(w1), unwrap(w2), unwrap(w3)
-        return swiglu_experts_by_key(x, w1, w2, w3, offs, key)
+        return swiglu_experts_by_key(x, w1, w2, w3, offs, key, order)
 
 
 def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **kwargs: Any) -> tuple[Tensor | None, ...]:

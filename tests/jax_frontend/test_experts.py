@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xmoe import oracle
-from xmoe.jax_frontend import emulation, ragged_dot, swiglu_experts
+from xmoe.jax_frontend import emulation, permute_tokens, ragged_dot, swiglu_experts
 
 M, D, H, G = 100, 64, 128, 4
 NAMES = ("x", "w1", "w2", "w3")
@@ -63,6 +63,38 @@ def test_engines_agree(recipe: str) -> None:
     one, other = (step(swiglu_experts, *problem(), config=recipe, implementation=engine) for engine in ENGINES)
     for a, b in zip(one, other, strict=True):
         assert oracle.sqnr(a, b) >= 50
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("recipe", "H", "k"),
+    [("fp8_rowwise", 128, 4), ("fp8_rowwise_wgrad_with_hp", 128, 2), ("bf16", 128, 1), ("mxfp8_rceil", 48, 2)],
+)
+def test_tokens_as_the_router_saw_them(recipe: str, engine: str, H: int, k: int) -> None:
+    """With an order: what `permute_tokens` and the op give, bit for bit; H = 48 does not fuse."""
+    x, *weights, sizes = problem(H=H)
+    x, order = x[: M // k], jax.random.permutation(jax.random.key(1), M)
+    options = {"config": recipe, "implementation": engine}
+
+    def sorted_first(x: Any, *rest: Any, **options: Any) -> jax.Array:
+        return swiglu_experts(permute_tokens(x, order), *rest, **options)
+
+    expected = step(sorted_first, x, *weights, sizes, **options)
+    got = step(swiglu_experts, x, *weights, sizes, order=order, **options)
+    for name, a, b in zip(("out", *NAMES), got, expected, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    assert got[1].shape == (M // k, D)
+
+
+def test_bad_orders() -> None:
+    x, *weights, sizes = problem()
+    for order, message in (
+        (jnp.arange(M - 1), r"order has shape \(99,\) and x T=100 tokens; give \[T \* k\]"),
+        (jnp.zeros(M), "order is float32; give integers"),
+        ([0] * M, "order is a list; give an array"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            swiglu_experts(x, *weights, sizes, order=order, config="fp8_rowwise")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

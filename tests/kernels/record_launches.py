@@ -60,10 +60,12 @@ def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
         return pipeline.allocate(spec.outputs, CPU), pipeline.allocate(spec.scratch, CPU)
 
     x, w, out = (getattr(torch, name) for name in (e.x_dtype, e.w_dtype, e.out_dtype))
-    a, w1, w2 = torch.zeros(e.M, e.D, dtype=x), torch.zeros(e.G, e.H, e.D, dtype=w), torch.zeros(e.G, e.D, e.H, dtype=w)
+    order = torch.arange(e.M, dtype=torch.int32) if e.k else None
+    a = torch.zeros(e.x_rows, e.D, dtype=x)
+    w1, w2 = torch.zeros(e.G, e.H, e.D, dtype=w), torch.zeros(e.G, e.D, e.H, dtype=w)
     offs = torch.full((e.G,), e.M, dtype=torch.int32)
     outputs, scratch = tensors(experts.forward_spec(e, config, view, save))
-    experts.forward(e, config, view, a, w1, w2, w1, offs, outputs, scratch)
+    experts.forward(e, config, view, a, w1, w2, w1, offs, outputs, scratch, order)
     if not save:
         return
     h = torch.zeros(e.M, e.H, dtype=x)
@@ -83,10 +85,10 @@ def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
     left |= {"dh": h, "gate_up": outputs["gate_up"]}
     dx, scratch = tensors(experts.dgrad_spec(e, config, view, amax_is_known=w13_amax is not None))
     d, weights = (left[where.rows], left.get("d_scale")), (w1, w1)
-    experts.dgrad(e, config, view, *d, weights, offs, dx, scratch, w13_amax)
+    experts.dgrad(e, config, view, *d, weights, offs, dx, scratch, w13_amax, outputs.get("place"))
     dw, scratch = tensors(experts.wgrad_spec(e, config, view))
     d = left[where.tokens], left.get("d_tokens_scale")
-    experts.wgrad(e, config, view, *d, x_saved, offs, dw, scratch)
+    experts.wgrad(e, config, view, *d, x_saved, offs, dw, scratch, outputs.get("tokens"))
 
 
 jit.JITFunction.run = record
@@ -111,9 +113,9 @@ for capability in ((9, 0), (10, 0)):
                     for save, *needs in ((True, True, True), (True, False, True), (False, True, False)):
                         real = recorded(real_call, problem, config, view, transposed, save, needs)
                         missed += [(recipe, problem, transposed, needs, name) for name, *_ in real - warm]
-        for M, G in ((2048, 1), (1000, 8), (2048, 4)):
+        for M, G, k in ((2048, 1, 0), (1000, 8, 1), (2048, 4, 2)):
             for dtypes in itertools.product(("bfloat16", "float32"), repeat=3):
-                e = experts.Experts(M, 48, 128, G, *dtypes)
+                e = experts.Experts(M, 48, 128, G, *dtypes, k)
                 warm = recorded(experts.warm_up, e, config, FakeCuda()) | recorded(
                     pipeline.warm_up.__wrapped__, e.output_problem, config, FakeCuda()
                 )

@@ -19,7 +19,10 @@ if pipeline.HAS_TRITON:
 class Run:
     """One forward and backward, on poisoned outputs and scratch, and the same from `pipeline`'s calls."""
 
-    def __init__(self, recipe, pattern, *, dtype=torch.bfloat16, M=700, D=192, H=128, G=5, device=None, where="cuda"):
+    def __init__(
+        self, recipe, pattern, *, dtype=torch.bfloat16, M=700, D=192, H=128, G=5, k=0, device=None, where="cuda"
+    ):
+        """`k`: x comes as tokens, k rows of each."""
         generator = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(shape, generator=generator).to(where, dtype)  # noqa: E731
         self.x, self.dout = draw(M, D), draw(M, D)
@@ -33,7 +36,11 @@ class Run:
         self.config, self.where = config_from_recipe(recipe), where
         self.layouts: dict[int, pipeline.Layout] = {}  # of the specs, which are the same from call to call
         self.device = device or pipeline.device_of(where, 0)
-        self.experts = experts.Experts(M, D, H, G, name, name, self.config.out_dtype or name)
+        self.experts = experts.Experts(M, D, H, G, name, name, self.config.out_dtype or name, k)
+        self.order = torch.randperm(M, generator=generator).to(where) if k else None
+        self.tokens = draw(M // k, D) if k else self.x
+        if k:
+            self.x = self.tokens[self.order // k]
         self.places = experts.places(self.config, select(self.config, self.device), name)
 
     def _saved(self, x, outputs, name):
@@ -54,7 +61,7 @@ class Run:
         e, config, device, offs = self.experts, self.config, self.device, self.offs
         out, scratch = self._tensors(experts.forward_spec(e, config, device))
         weights = self.w1, self.w2, self.w3
-        experts.forward(e, config, device, self.x, *weights, offs, out, scratch)
+        experts.forward(e, config, device, self.tokens, *weights, offs, out, scratch, self.order)
         got = {"out": out["out"], "gate_up": out["gate_up"].clone()}
 
         hidden = self.swiglu(out["gate_up"])
@@ -65,7 +72,7 @@ class Run:
         pipeline.backward(e.output_problem, config, device, self.dout, saved, self.w2.mT, offs, grads, scratch, of_w2)
         got |= {"dh": grads["dA"].clone(), "dw2": grads["dB"].mT}
 
-        saved = self._saved(self.x, out, "x")
+        saved = self._saved(self.tokens, out, "x")
         for needs in ((True, True), (True, False), (False, True)):
             tensors = {"dh": grads["dA"].clone(), "gate_up": out["gate_up"].clone()}
             left, scratch = self._tensors(experts.gradient_spec(e, config, device, *needs))
@@ -75,12 +82,12 @@ class Run:
             if needs[0]:
                 dx, scratch = self._tensors(experts.dgrad_spec(e, config, device, amax_is_known=of_w13 is not None))
                 d = tensors[self.places.rows], tensors.get("d_scale")
-                experts.dgrad(e, config, device, *d, (self.w1, self.w3), offs, dx, scratch, of_w13)
+                experts.dgrad(e, config, device, *d, (self.w1, self.w3), offs, dx, scratch, of_w13, out.get("place"))
                 got |= {f"dx, needs {needs}": dx["dx"]}
             if needs[1]:
                 dw, scratch = self._tensors(experts.wgrad_spec(e, config, device))
                 d = tensors[self.places.tokens], tensors.get("d_tokens_scale")
-                experts.wgrad(e, config, device, *d, saved, offs, dw, scratch)
+                experts.wgrad(e, config, device, *d, saved, offs, dw, scratch, out.get("tokens"))
                 got |= {f"{name}, needs {needs}": dw[name] for name in dw}
         got["d_gate_up"] = self.swiglu_gradient(grads["dA"], out["gate_up"])
         return got
@@ -118,6 +125,8 @@ class Run:
         dh, dw2 = self._backward(e.output_problem, self.dout, h, self.w2.mT)
         joint = torch.cat([self.w1, self.w3], 1)
         dx, dw = self._backward(e.joint_problem, d_gate_up, x, joint.mT)
+        if e.k:
+            dx = emulation.gather_sum(dx, self.order.argsort(), e.k)
         expected = {"out": out, "gate_up": gate_up, "dh": dh, "dw2": dw2, "d_gate_up": d_gate_up}
         for needs in ((True, True), (True, False), (False, True)):
             if needs[0]:
@@ -138,7 +147,7 @@ class Run:
             else:
                 assert torch.equal(x, expected[name]), name
         for name in got:
-            if not name.startswith("dw"):
+            if not name.startswith("dw") and not (name.startswith("dx") and self.experts.k):
                 assert not got[name][self.covered :].any(), name
 
 
@@ -147,6 +156,14 @@ class Run:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe, pattern):
     Run(recipe, pattern).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 2, 7])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tokens_as_the_router_saw_them(recipe, k):
+    Run(recipe, "uneven", k=k).check()
+    Run(recipe, "short", dtype=torch.float32, k=k).check()
 
 
 @pytest.mark.gpu
@@ -175,26 +192,30 @@ def test_calls_that_come_again(recipe, monkeypatch):
 def test_native_mx(H):
     """A hidden width that ends inside a tile of scales, and one that does not."""
     Run("mxfp8_rceil", "uneven", device=NATIVE_MX, H=H).check()
+    Run("mxfp8_rceil", "uneven", device=NATIVE_MX, H=H, k=2).check()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("pattern", ["short", "empty"])
-def test_emulation(recipe, pattern):
-    Run(recipe, pattern, M=150, D=48, H=128, where="cpu", device=Device("cpu")).check()
+@pytest.mark.parametrize("k", [0, 3])
+def test_emulation(recipe, pattern, k):
+    Run(recipe, pattern, M=150, D=48, H=128, k=k, where="cpu", device=Device("cpu")).check()
 
 
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
 @pytest.mark.parametrize(
-    ("recipe", "pattern"),
-    [("fp8_rowwise", "short"), ("fp8_blockwise", "empty"), ("mxfp8_rceil", "uneven")],
+    ("recipe", "pattern", "k"),
+    [("fp8_rowwise", "short", 0), ("fp8_blockwise", "empty", 3), ("mxfp8_rceil", "uneven", 1)],
 )
-def test_in_the_interpreter(recipe, pattern, monkeypatch):
+def test_in_the_interpreter(recipe, pattern, k, monkeypatch):
     monkeypatch.setattr(call, "programs", lambda index: 3)
     monkeypatch.setattr(call, "grouped_gemm_hopper", TritonGemm())
     H = 128 if recipe == "fp8_blockwise" else 32
     if recipe.startswith("mx"):
         monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())
-    Run(recipe, pattern, dtype=torch.float32, M=99, D=48, H=H, G=3, device=Device("cuda", (9, 0)), where="cpu").check()
+    Run(
+        recipe, pattern, dtype=torch.float32, M=99, D=48, H=H, G=3, k=k, device=Device("cuda", (9, 0)), where="cpu"
+    ).check()
 
 
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")

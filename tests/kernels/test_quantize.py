@@ -259,3 +259,47 @@ def test_every_bf16_value():
             quantize.quantize_rows(rows, fmt, data, scale, 4)
             assert same_bytes(data, expected.data)
             assert same_bytes(scale, expected.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_rows_that_lie_anywhere(backend, fmt, dtype):
+    """Through an index: the bytes of the rows in order."""
+    M, C, offs = 70, 144, np.array([33, 66], np.int32)
+    x = to_kernel(awkward(37, C).to(dtype), backend)
+    index = torch.from_numpy(np.random.default_rng(0).integers(0, 37, M).astype(np.int32)).to(x.device)
+    maps, G = token_map(torch.from_numpy(offs).to(x.device), M), len(offs)
+    sorted_x = arrays(x)[index.cpu().numpy()]
+    rows, tokens = oracle.quantize_rows(sorted_x, fmt), oracle.quantize_tokens(sorted_x, offs, fmt)
+    data, scale = empty_like(rows.data, x.device), empty_like(rows.scale, x.device)
+    quantize.quantize_rows(x, fmt, data, scale, 4, index=index)
+    assert same_bytes(data, rows.data)
+    assert same_bytes(scale, rows.scale)
+    amax = torch.zeros((G, C), dtype=torch.int32, device=x.device)
+    data, scale = empty_like(tokens.data, x.device), empty_like(tokens.scale, x.device)
+    quantize.quantize_tokens(x, fmt, data, scale, amax, *maps, index=index)
+    assert same_bytes(data, tokens.data)
+    assert same_bytes(scale, tokens.scale)
+    if fmt.startswith("mxfp8"):
+        straight = oracle.tokens_to_rows(tokens.data, offs, M)
+        data, scale = empty_like(straight, x.device), empty_like(tokens.scale.T, x.device)
+        quantize_blocks.quantize_tokens_straight(x, fmt, data, scale, *maps, index=index)
+        assert same_bytes(data[: offs[-1]], straight[: offs[-1]])
+        assert same_bytes(scale, tokens.scale.T)
+
+
+@pytest.mark.parametrize("C", [144, 16400])
+def test_maxima_of_rows_that_lie_anywhere(backend, C):
+    M, offs = 40, np.array([20, 40], np.int32)
+    x = to_kernel(awkward(9, C), backend)
+    index = torch.arange(M, dtype=torch.int32, device=x.device) % 9
+    maps = token_map(torch.from_numpy(offs).to(x.device), M)
+    sorted_x = x[index.long()]
+    amax = torch.zeros((2, 2, C), dtype=torch.int32, device=x.device)
+    rows = oracle.quantize_rows(arrays(sorted_x), "fp8_rowwise")
+    data, scale = empty_like(rows.data, x.device), empty_like(rows.scale, x.device)
+    known = quantize.quantize_rows(x, "fp8_rowwise", data, scale, 4, (amax[0][None], maps[1]), index=index)
+    assert known == (C <= quantize.LONGEST_ROW)
+    assert same_bytes(data, rows.data)
+    quantize.quantize_rows(sorted_x, "fp8_rowwise", data, scale, 4, (amax[1][None], maps[1]))
+    assert torch.equal(amax[0], amax[1])

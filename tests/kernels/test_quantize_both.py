@@ -17,21 +17,25 @@ CASES = {"uneven": (200, 144, [70, 70, 190]), "bad offsets": (40, 48, [70, 20]),
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("sliced", [False, True])
-def test_rows_and_tokens(backend, fmt, case, sliced):
+@pytest.mark.parametrize("rows_of", ["x", "a slice", "an index"])
+def test_rows_and_tokens(backend, fmt, case, rows_of):
     M, C, ends = CASES[case]
     offs = np.array(ends, np.int32)
-    x = to_kernel(awkward(M, C).to(torch.bfloat16), backend)
+    x, index = to_kernel(awkward(M, C).to(torch.bfloat16), backend), None
     rows, tokens = oracle.quantize_rows(arrays(x), fmt), oracle.quantize_tokens(arrays(x), offs, fmt)
     owned, maps = max(0, *np.clip(offs, 0, M)), token_map(torch.from_numpy(offs).to(x.device), M)
-    if sliced:
+    if rows_of == "an index":
+        index = torch.randperm(M, generator=torch.Generator().manual_seed(0)).to(x.device)
+        x = x[index.argsort()]
+        index = index.int()
+    elif rows_of == "a slice":
         wide = torch.full((M, C + 24), float("nan"), dtype=x.dtype, device=x.device)
         wide[:, 8:-16] = x
         x = wide[:, 8:-16]
     if fmt == "fp8_blockwise":
         data, scale = empty_like(rows.data, x.device), empty_like(rows.scale.T, x.device)
         t_data, t_scale = empty_like(tokens.data, x.device), empty_like(tokens.scale.T, x.device)
-        quantize_both.quantize_rows_and_tokens(x, fmt, data, scale.mT, t_data, t_scale.mT, *maps)
+        quantize_both.quantize_rows_and_tokens(x, fmt, data, scale.mT, t_data, t_scale.mT, *maps, index=index)
         assert same_bytes(data[:owned], rows.data[:owned])
         assert same_bytes(scale[:, :owned].contiguous(), rows.scale.T[:, :owned])
         assert same_bytes(t_data, tokens.data)
@@ -39,9 +43,9 @@ def test_rows_and_tokens(backend, fmt, case, sliced):
         straight = oracle.tokens_to_rows(tokens.data, offs, M)
         data = torch.full((M, C), 7.0, dtype=torch.bfloat16, device=x.device)
         t_data, t_scale = empty_like(straight, x.device), empty_like(tokens.scale.T, x.device)
-        quantize_both.quantize_rows_and_tokens(x, fmt, data, None, t_data, t_scale, *maps)
+        quantize_both.quantize_rows_and_tokens(x, fmt, data, None, t_data, t_scale, *maps, index=index)
         apart = torch.empty_like(data)
-        quantize.quantize_rows(x, fmt, apart, None, 4)
+        quantize.quantize_rows(x, fmt, apart, None, 4, index=index)
         assert torch.equal(data[:owned].view(torch.int16), apart[:owned].view(torch.int16))
         assert bool((data[owned:] == 7.0).all())
         assert same_bytes(t_data[:owned], straight[:owned])

@@ -92,26 +92,29 @@ def test_op_and_gradients_on_a_gpu_are_bit_equal(recipe: str, dtype: str, patter
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "emulated" not in recipe])  # exp is theirs
-@pytest.mark.parametrize("pattern", ["uneven", "empty", "short"])
-def test_experts_on_a_gpu_are_bit_equal(recipe: str, pattern: str) -> None:
-    """Outputs and gradients, run often enough that XLA replays recorded launches, on changing data."""
+@pytest.mark.parametrize(("pattern", "k"), [("uneven", 0), ("empty", 0), ("short", 0), ("uneven", 4)])
+def test_experts_on_a_gpu_are_bit_equal(recipe: str, pattern: str, k: int) -> None:
+    """Outputs and gradients, run often enough that XLA replays recorded launches, on changing data; with k of tokens
+    as the router saw them."""
     M, D, H, G = 1000, 256, 384, 6
 
     @jax.jit
-    def run(x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, dout: jax.Array, sizes: jax.Array) -> Any:
-        dot = functools.partial(xj.swiglu_experts, group_sizes=sizes, config=recipe)
+    def run(x: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array, dout: jax.Array, sizes: Any, order: Any) -> Any:
+        dot = functools.partial(xj.swiglu_experts, group_sizes=sizes, config=recipe, order=order if k else None)
         out, vjp = jax.vjp(dot, x, w1, w2, w3)
         return out, *vjp(dout)
 
     for seed in range(3):
-        dims = [(M, D), (G, H, D), (G, D, H), (G, H, D), (M, D)]
+        dims = [(M // k if k else M, D), (G, H, D), (G, D, H), (G, H, D), (M, D)]
+        order = np.random.default_rng(seed).permutation(M).astype(np.int32)
         inputs = [jnp.asarray(values("normal", s, 5 * seed + i), jnp.bfloat16) for i, s in enumerate(dims)]
         sizes = shapes.group_sizes(pattern, M, G, seed=seed)
-        got = run(*inputs, jnp.asarray(sizes))
+        got = run(*inputs, jnp.asarray(sizes), jnp.asarray(order))
         *tensors, dout = (torch.from_dlpack(x).clone() for x in inputs)
         for tensor in tensors:
             tensor.requires_grad_()
-        out = xt.swiglu_experts(*tensors, torch.from_numpy(np.cumsum(sizes, dtype=np.int32)).cuda(), recipe)
+        ends, order = (torch.from_numpy(x).cuda() for x in (np.cumsum(sizes, dtype=np.int32), order))
+        out = xt.swiglu_experts(*tensors, ends, recipe, order if k else None)
         out.backward(dout)
         for name, x, want in zip(("out", "x", "w1", "w2", "w3"), got, (out, *(t.grad for t in tensors)), strict=True):
             np.testing.assert_array_equal(np.asarray(x, np.float32), want.detach().float().cpu(), err_msg=name)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.backends import INTERPRETER_WORKS
 from xmoe.kernels import e4m3
-from xmoe.torch_backend import combine
+from xmoe.torch_backend import combine, permute_tokens
 
 T, K, D = 30, 3, 40
 TYPES = [torch.bfloat16, torch.float32]
@@ -253,3 +253,40 @@ def test_step_does_not_wait_and_replays() -> None:
         value.fill_(float("nan"))
     graph.replay()
     assert all(map(torch.equal, replayed, run()))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_permute_tokens(dtype: torch.dtype, k: int) -> None:
+    """Indexing, and the sum of each token's gradients, rounded once."""
+    T, D = 20, 48
+    x, order = torch.randn(T, D).to(dtype).requires_grad_(), torch.randperm(T * k)
+    dout = torch.randn(T * k, D).to(dtype)
+    out = permute_tokens(x, order)
+    assert torch.equal(out, x[order // k])
+    (dx,) = torch.autograd.grad(out, x, dout)
+    rows = dout[order.argsort()].double().view(T, k, D).sum(1)
+    torch.testing.assert_close(dx.double(), rows, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    assert torch.equal(permute_tokens(x, order.int()), out)
+    torch.library.opcheck(
+        torch.ops.xmoe.permute_tokens.default, (x, order), test_utils=("test_autograd_registration", "test_faketensor")
+    )
+
+
+def test_permute_no_tokens_and_bad_ones() -> None:
+    none = permute_tokens(torch.zeros(0, 16, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+    none.sum().backward()
+    assert none.shape == (0, 16)
+    with pytest.raises(ValueError, match=r"order has M=7 slots and x T=3 tokens; give T\*k slots"):
+        permute_tokens(torch.zeros(3, 16), torch.zeros(7, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x has shape \(1, 3, 16\); give the tokens"):
+        permute_tokens(torch.zeros(1, 3, 16), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="order is None; give"):
+        permute_tokens(torch.zeros(3, 16), None)
+
+
+def test_permute_second_derivative() -> None:
+    x, order = torch.randn(4, 16, requires_grad=True), torch.randperm(8)
+    (dx,) = torch.autograd.grad(permute_tokens(x, order).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradients of permute_tokens have no derivative"):
+        dx.sum().backward()

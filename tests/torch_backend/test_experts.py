@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from xmoe import RECIPES, config_from_recipe
 from xmoe.kernels import emulation
 from xmoe.oracle import sqnr
-from xmoe.torch_backend import ScaledGroupedMMTensor, scaled_grouped_mm, swiglu_experts
+from xmoe.torch_backend import ScaledGroupedMMTensor, permute_tokens, scaled_grouped_mm, swiglu_experts
 from xmoe.torch_backend.moe import GroupedExperts
 
 M, D, H, G = 100, 64, 128, 4
@@ -70,11 +70,69 @@ def test_forward_has_the_bits_of_its_gemms(recipe: str) -> None:
     assert not expected[M * 9 // 10 :].any()
 
 
+def slots(k: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.randperm(M, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tokens_as_the_router_saw_them(recipe: str, k: int) -> None:
+    """With an order: what `permute_tokens` and the op give, bit for bit."""
+    x, *weights, offs = problem()
+    x = x.detach()[: M // k].requires_grad_()
+    order = slots(k)
+
+    def sorted_first(x: Tensor, *rest: Any) -> Tensor:
+        return swiglu_experts(permute_tokens(x, order), *rest)
+
+    expected = step(sorted_first, x, *weights, offs, recipe)
+    for given in (order, order.int()):
+        for a, b in zip(step(swiglu_experts, x, *weights, offs, recipe, given), expected, strict=True):
+            assert torch.equal(a, b)
+    assert expected[1].shape == x.shape
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "mxfp8_rceil"])
+def test_compile_with_any_number_of_tokens_in_any_order(recipe: str) -> None:
+    backend = CompileCounterWithBackend("aot_eager")
+
+    def call(x: Tensor, *rest: Any) -> Tensor:
+        return swiglu_experts(x, *rest[:-1], recipe, rest[-1]).relu()
+
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    for rows in (100, 90, 130, 1000):
+        x, *weights, offs = problem(rows)
+        args = x.detach()[: rows // 2].requires_grad_(), *weights, offs, torch.randperm(rows)
+        for a, b in zip(step(call, *args), step(compiled, *args), strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+    assert backend.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.zeros(M), "order is torch.float32; give torch.int64 or torch.int32"),
+        (torch.zeros(M - 1, dtype=torch.int64), r"order has M=99 slots and x T=50 tokens; give T\*k slots"),
+        (torch.zeros(2, M // 2, dtype=torch.int64), r"order has shape \(2, 50\); give \[M\]"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])  # H = 48 of the second does not fuse
+def test_bad_orders(order: Tensor, message: str, recipe: str) -> None:
+    x, w1, w2, w3, offs = problem(H=48)
+    with pytest.raises(ValueError, match=message):
+        swiglu_experts(x[: M // 2], w1, w2, w3, offs, recipe, order)
+
+
 @pytest.mark.parametrize("recipe", ["mxfp8_rceil", "fp8_blockwise"])
 def test_width_of_broken_blocks(recipe: str) -> None:
     """Where the halves of 2H are not whole blocks: three GEMMs, bit for bit."""
     args = *problem(H=48), config_from_recipe(recipe)
     for one, three in zip(step(swiglu_experts, *args), step(separate, *args), strict=True):
+        assert torch.equal(one, three)
+    (x, *rest), order = args, slots(1)
+    expected = step(lambda x, *rest: separate(permute_tokens(x, order), *rest), x, *rest)
+    for one, three in zip(step(swiglu_experts, x, *rest, order), expected, strict=True):
         assert torch.equal(one, three)
 
 

@@ -1,0 +1,61 @@
+"""The permutation of an MoE layer: tokens to the rows of their experts, and the experts' rows back to tokens.
+
+T = tokens, k = experts that each token goes to, M = T*k slots, slot s of token s // k; D = model width. ``order``
+[M], of any integer dtype, is the slot of each row; rows are sorted by expert.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def permute_tokens(x: jax.Array, order: jax.Array) -> jax.Array:
+    """[M, D]: row r is x[order[r] // k] of x [T, D]. `swiglu_experts` takes ``order`` itself.
+
+    ``order`` is ``jnp.argsort(chosen.reshape(-1), stable=True)`` of the experts that were chosen, [T, k]. The gradient
+    gathers too, where that of indexing would add rows up in any order.
+
+    Raises:
+        ValueError: M is no multiple of T.
+    """
+    return _take(slots_of_token(x, order), x, order, jnp.argsort(order))
+
+
+def combine(x: jax.Array, scores: jax.Array, order: jax.Array) -> jax.Array:
+    """[T, D] float32: the sum over j of scores[t, j] times the row of x [M, D] that is slot t * k + j; ``scores`` is
+    float32 [T, k], ``order`` as in `permute_tokens`."""
+    rows = _take(1, x, jnp.argsort(order), order).reshape(*scores.shape, x.shape[-1])
+    return (rows.astype(jnp.float32) * scores[..., None]).sum(axis=1)
+
+
+def slots_of_token(x: jax.Array, order: jax.Array) -> int:
+    """k. Raises ValueError if the M slots of ``order`` are not as many for each of the T tokens of x."""
+    (T, *_), (M, *_) = x.shape, order.shape
+    if order.ndim != 1 or (M < T or M % T if T else M):
+        raise ValueError(f"order has shape {order.shape} and x T={T} tokens; give [T * k], k slots for each token")
+    if not jnp.issubdtype(order.dtype, jnp.integer):
+        raise ValueError(f"order is {order.dtype}; give integers, as jnp.argsort does")
+    return max(1, M // max(1, T))
+
+
+def sum_slots(x: jax.Array, place: jax.Array, k: int) -> jax.Array:
+    """[T, D] of x [M, D]: the sum of each token's rows, place[t*k : (t+1)*k], in float32, rounded once to the dtype of
+    x."""
+    rows = x[place].reshape(-1, k, x.shape[-1])
+    return rows.astype(jnp.float32).sum(axis=1).astype(x.dtype)
+
+
+def _take_fwd(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _take(k, x, index, inverse), inverse
+
+
+def _take_bwd(k: int, inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    return sum_slots(gradient, inverse, k), None, None
+
+
+def _take(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x[index // k], ``index`` a permutation of k slots for each row of x and ``inverse`` its inverse."""
+    return x[index // k]
+
+
+_take = jax.custom_vjp(_take, nondiff_argnums=(0,))
+_take.defvjp(_take_fwd, _take_bwd)
