@@ -13,13 +13,14 @@ argument is None, and
 - of a descriptor: the dtype, the block and the layout.
 
 (It tells more apart for integers that a kernel does not specialise.) `TRITON_DEBUG` and the other knobs count as they
-were when a kind was first seen. Whatever Triton does not document is used in this file alone: with a version that is
-not KNOWN, with hooks set (a profiler's), or with anything else unexpected, every launch is Triton's own.
+were when a kind was first seen. Whatever Triton does not document is used in this file and in `native_launch` alone:
+with a version that is not KNOWN, with hooks set (a profiler's), or with anything else unexpected, every launch is
+Triton's own.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -31,6 +32,8 @@ from triton.runtime import JITFunction
 from triton.runtime import driver as _driver
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from xmoe.kernels.native_launch import NESTED, Box, Encoding, encoding, native, tensor_map
 
 KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 """Whether this is a Triton whose `CompiledKernel.run` takes (grid x, y, z, stream, function, packed metadata, launch
@@ -87,11 +90,14 @@ def ragged_descriptor(x: Tensor, block: tuple[int, int], layout: Any = None) -> 
 
 
 class Compiled(NamedTuple):
-    """What a kind of arguments was compiled to."""
+    """What a kind of arguments was compiled to: ``launch(*grid, stream, *fixed, *arguments)``, or, if they are nested,
+    ``launch(*grid, stream, *fixed, arguments)``."""
 
-    run: Any
-    function: int
-    metadata: Any
+    launch: Callable[..., Any]
+    fixed: tuple[Any, ...]
+    nested: bool
+    boxes: tuple[Box, ...]
+    """One for each descriptor, in order; none if `launch` takes a `Descriptor`."""
     constants: tuple[None, ...]
     """One for each parameter that was given as a constant: the launcher skips them."""
     kernel: JITFunction[Any]
@@ -166,9 +172,32 @@ def start(compiled: Compiled, grid: tuple[int, ...], stream: int, values: Sequen
         grid: three axes.
         values: the arguments, with addresses in place of tensors.
     """
-    x, y, z = grid
-    run, function, metadata, constants, _ = compiled
-    run(x, y, z, stream, function, metadata, None, None, None, *values, *constants)
+    arguments = expanded(compiled, values, _mapped)
+    if compiled.nested:
+        compiled.launch(*grid, stream, *compiled.fixed, arguments)
+    else:
+        compiled.launch(*grid, stream, *compiled.fixed, *arguments)
+
+
+def expanded(
+    compiled: Compiled, values: Sequence[Any], mapped: Callable[[Encoding, Descriptor], Any]
+) -> tuple[Any, ...]:
+    """The arguments of a launch: `values` and, after them, the constants; in place of a descriptor, where there is a
+    box for each, its tensor map (what `mapped` gives), its shape and its strides."""
+    if not compiled.boxes:
+        return *values, *compiled.constants
+    arguments, boxes = [], iter(compiled.boxes)
+    for value in values:
+        if type(value) is Descriptor:
+            shape, strides = value.shape, value.strides
+            arguments += mapped(encoding(next(boxes), shape, strides), value), *shape, *strides
+        else:
+            arguments.append(value)
+    return *arguments, *compiled.constants
+
+
+def _mapped(encoding: Encoding, x: Descriptor) -> Any:
+    return tensor_map(encoding, x.base.data_ptr())
 
 
 def current_device() -> int:
@@ -230,7 +259,15 @@ def _launchable(kernel: JITFunction[Any], count: int, result: Any) -> Compiled |
     elif not all(isinstance(value, constexpr) for value, _ in kernel.used_global_vals.values()):
         why = "it reads globals that may change"
     else:
-        constants = (None,) * (len(kernel.params) - count)
-        return Compiled(result.run, result.function, result.packed_metadata, constants, kernel)
+        return _compiled_to(kernel, result, (None,) * (len(kernel.params) - count))
     _log.debug("%s is launched by Triton: %s", kernel.__name__, why)
     return None
+
+
+def _compiled_to(kernel: JITFunction[Any], result: CompiledKernel, constants: tuple[None, ...]) -> Compiled:
+    found = native(result)
+    if found is not None:
+        return Compiled(found.launch, found.fixed, NESTED, found.boxes, constants, kernel)
+    _log.debug("%s is launched through its launcher, which is not as it is known here", kernel.__name__)
+    metadata = result.packed_metadata, None, None, None  # no launch metadata, no hooks
+    return Compiled(result.run, (result.function, *metadata), False, (), constants, kernel)
