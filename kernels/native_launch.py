@@ -52,7 +52,9 @@ def native(compiled: Any) -> Native | None:
         return None
     launch, meta = launcher.launch, []
     if hasattr(launch, "__code__"):  # `wrap_handle_tensordesc` has wrapped it
-        inside = dict(zip(launch.__code__.co_freevars, (cell.cell_contents for cell in launch.__closure__), strict=True))
+        inside = dict(
+            zip(launch.__code__.co_freevars, (cell.cell_contents for cell in launch.__closure__), strict=True)
+        )
         if inside.keys() != {"launcher", "tensordesc_indices", "tensordesc_meta"}:
             return None
         launch, meta = inside["launcher"], inside["tensordesc_meta"]

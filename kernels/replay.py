@@ -42,7 +42,7 @@ LIMIT = 1024
 """Calls that are remembered; the oldest goes first."""
 
 
-class _Record(NamedTuple):
+class _Steps(NamedTuple):
     """The launches of a call. Each takes its arguments from one list of values: the stream, addresses, what is made of
     addresses, and all that is the same in each replay."""
 
@@ -53,19 +53,19 @@ class _Record(NamedTuple):
     made: tuple[tuple[Callable[[int], Any], int], ...]
     """(what makes a descriptor of an address, where among the values that address is)."""
     rest: tuple[Any, ...]
-    steps: tuple[tuple[Callable[..., Any], Callable[[Sequence[Any]], tuple[Any, ...]], int], ...]
+    launches: tuple[tuple[Callable[..., Any], Callable[[Sequence[Any]], tuple[Any, ...]], int], ...]
     """(a function to call, what picks its arguments, how many of them come before those that it takes as one)."""
     kernels: tuple[Any, ...]
 
 
 class _Call:
-    """What is known of a call: nothing but that it came once, or its record, or (None) that it cannot be replayed."""
+    """What is known of a call: nothing but that it came once, or its steps, or (None) that it cannot be replayed."""
 
-    __slots__ = ("record", "recorded")
+    __slots__ = ("recorded", "steps")
 
     def __init__(self) -> None:
         self.recorded = False
-        self.record: _Record | None = None
+        self.steps: _Steps | None = None
 
 
 _calls: dict[tuple[Any, ...], _Call] = {}
@@ -113,25 +113,25 @@ def replayed(
             _calls.pop(list(_calls)[0], None)  # noqa: RUF015 (other threads may be at it)
         _calls[key] = _Call()
         run()
-    elif hooked(*call.record.kernels if call.record is not None else ()):
+    elif hooked(*call.steps.kernels if call.steps is not None else ()):
         run()
     elif not call.recorded:
         call.recorded = True
-        launches = _launches(run, tensors[0])
+        launches = _record(run, tensors[0])
         if launches is not None:
-            call.record = _record(launches, tensors)
-    elif call.record is None:
+            call.steps = _steps(launches, tensors)
+    elif call.steps is None:
         run()
     else:
-        _replay(call.record, addresses, current_stream(device))
+        _replay(call.steps, addresses, current_stream(device))
 
 
-def _replay(record: _Record, addresses: Sequence[int], stream: int) -> None:
-    tensors, offsets, made, rest, steps, _ = record
+def _replay(steps: _Steps, addresses: Sequence[int], stream: int) -> None:
+    tensors, offsets, made, rest, launches, _ = steps
     values = [stream, *map(add, tensors(addresses), offsets)]
     values += [make(values[index]) for make, index in made]
     values += rest
-    for start, pick, before in steps:
+    for start, pick, before in launches:
         arguments = pick(values)
         if before:
             start(*arguments[:before], arguments[before:])
@@ -157,7 +157,7 @@ class _Foreign(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _launches(run: Callable[[], None], some: Tensor) -> list[_Launched] | None:
+def _record(run: Callable[[], None], some: Tensor) -> list[_Launched] | None:
     """What `run` launches, or None if there is more to it. `some`: any tensor, to see that torch tells of views."""
     if recorder.launches is not None:  # part of a call that is being recorded
         run()
@@ -189,7 +189,7 @@ class _Made(NamedTuple):
 _STREAM = object()
 
 
-def _record(launches: Sequence[_Launched], tensors: Sequence[Tensor]) -> _Record | None:
+def _steps(launches: Sequence[_Launched], tensors: Sequence[Tensor]) -> _Steps | None:
     """The launches with their addresses as places in `tensors`, or None if that cannot be."""
     spans = _spans(tensors)
     if spans is None:
@@ -207,16 +207,16 @@ def _record(launches: Sequence[_Launched], tensors: Sequence[Tensor]) -> _Record
     places = list(dict.fromkeys([x for x in everything if type(x) is _Address] + [x.address for x in made]))
     rest = {_name(x): x for x in everything if x is not _STREAM and type(x) not in (_Address, _Made)}
     where = {_name(x): index for index, x in enumerate((_STREAM, *places, *made, *rest.values()))}
-    steps = [
+    calls = [
         (compiled.launch, itemgetter(*(where[_name(x)] for x in (*head, *arguments))), len(head) * compiled.nested)
         for compiled, head, arguments in told
     ]
-    return _Record(
+    return _Steps(
         itemgetter(*(place.tensor for place in places), 0, 0),  # of one index it would not give a tuple
         tuple(place.offset for place in places),
         tuple((x.make, where[x.address]) for x in made),
         tuple(rest.values()),
-        tuple(steps),
+        tuple(calls),
         tuple({id(compiled.kernel): compiled.kernel for compiled, _, _ in launches}.values()),
     )
 
