@@ -220,13 +220,13 @@ def int_kind(value: int) -> bool | str:
 def hooked(*kernels: Any) -> bool:
     """Whether something wants to know of each launch of `kernels`."""
     runtime = knobs.runtime
-    if _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook):
-        return True
-    return any(kernel.pre_run_hooks for kernel in kernels)
-
-
-def _calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # a chain of them, or one
+            return True
+    for kernel in kernels:  # noqa: SIM110 (a generator takes longer)
+        if kernel.pre_run_hooks:
+            return True
+    return False
 
 
 def _launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:

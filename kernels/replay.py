@@ -14,9 +14,9 @@ from 284 us (launched by Triton) to 151 (`launch`) to 58, of which 29 are the op
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
-from operator import add, itemgetter
+from operator import add, attrgetter, itemgetter, or_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -69,6 +69,7 @@ class _Call:
 
 
 _calls: dict[tuple[Any, ...], _Call] = {}
+_dtype_and_shape = attrgetter("dtype", "shape")
 
 
 def replayed(
@@ -102,11 +103,13 @@ def replayed(
         else:
             tensors += some.values()
             names += some
-    addresses = [x.data_ptr() for x in tensors]
-    layouts = [(x.dtype, x.shape, x.stride(), address & 15) for x, address in zip(tensors, addresses, strict=True)]
-    if len({*addresses}) < len(addresses):  # a tensor that comes twice; whether it does is a fact, too
+    addresses = [*map(Tensor.data_ptr, tensors)]
+    remainder = reduce(or_, addresses) & 15
+    if remainder:  # of which tensors is a fact, too, as is what follows
+        names.append(tuple(address & 15 for address in addresses))
+    if len({*addresses}) < len(addresses):  # a tensor that comes twice
         names.append(tuple(map(addresses.index, addresses)))
-    key = (facts, device, *names, *layouts)
+    key = facts, device, remainder, tuple(names), *map(_dtype_and_shape, tensors), *map(Tensor.stride, tensors)
     call = _calls.get(key)
     if call is None:
         if len(_calls) >= LIMIT:

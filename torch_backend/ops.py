@@ -123,18 +123,22 @@ def unseen(*tensors: Tensor) -> bool:
     """Whether a call of an op on `tensors` is seen by nobody but its implementation: no compiler, mode (tracing,
     selective checkpointing), transform or tensor subclass. It may then be made without the dispatcher, which takes 6 us
     to get from Python to Python."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in _PLAIN for x in tensors)
-    )
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110 (a generator takes longer)
+        if type(x) not in _PLAIN:
+            return False
+    return True
 
 
 def direct(op: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:
     """``op(*args)``, inside an autograd function: the call of its `implementation` where it is `unseen` and nobody asks
     for the derivative of a derivative."""
-    plain = not torch.is_grad_enabled() and unseen(*(x for x in args if isinstance(x, Tensor)))
+    plain = not torch.is_grad_enabled() and unseen(*[x for x in args if isinstance(x, Tensor)])
     return implementation(*args) if plain else op(*args)
 
 
