@@ -9,6 +9,7 @@ The arguments of the function in C are those of `CudaLauncher.__call__` of trito
 it is known there, `native` gives None, and the launcher is called.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -45,41 +46,46 @@ class Native(NamedTuple):
 
 def native(compiled: Any) -> Native | None:
     """What a loaded `CompiledKernel` launches; None if that is not known."""
+    try:
+        return _native(compiled)
+    except AttributeError:  # something is not where it was
+        return None
+
+
+def _native(compiled: Any) -> Native | None:
     from triton.backends.nvidia import driver  # not part of every Triton
 
     launcher = compiled.run
     if type(launcher) is not driver.CudaLauncher or launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
-    launch, meta = launcher.launch, []
+    launch, metas = launcher.launch, ()
     if hasattr(launch, "__code__"):  # `wrap_handle_tensordesc` has wrapped it
-        inside = dict(
-            zip(launch.__code__.co_freevars, (cell.cell_contents for cell in launch.__closure__), strict=True)
-        )
+        inside = inspect.getclosurevars(launch).nonlocals
         if inside.keys() != {"launcher", "tensordesc_indices", "tensordesc_meta"}:
             return None
-        launch, meta = inside["launcher"], inside["tensordesc_meta"]
-        if any(each is None or each.keys() != _META or each["fp4_padded"] for each in meta):
+        launch, metas = inside["launcher"], inside["tensordesc_meta"]
+        if any(meta is None or meta.keys() != _META or meta["fp4_padded"] for meta in metas):
             return None
-    utils, architecture = triton.runtime.driver.active.utils, compiled.metadata.target.arch
+    utils = triton.runtime.driver.active.utils
     fill = utils.fill_tma_descriptor_tiled if NESTED else utils.fill_tma_descriptor
-    boxes = [
+    boxes = tuple(
         Box(
-            fill,
-            architecture,
-            each["swizzle"],
-            each["elem_size"],
-            driver.TMA_DTYPE_DEVICE_TO_HOST[each["elem_type"]],
-            tuple(each["block_size"]),
+            fill=fill,
+            architecture=compiled.metadata.target.arch,
+            swizzle=meta["swizzle"],
+            element_bytes=meta["elem_size"],
+            element_type=driver.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
+            block=tuple(meta["block_size"]),
         )
-        for each in meta
-    ]
+        for meta in metas
+    )
     options = launcher.launch_cooperative_grid, launcher.launch_pdl
     metadata, scratch = (compiled.packed_metadata, None, None, None), (None, None)  # no launch metadata, no hooks
     if NESTED:
-        fixed = (*options, *metadata, *scratch, launcher.arg_annotations, launcher.kernel_signature)
+        fixed = *options, *metadata, *scratch, launcher.arg_annotations, launcher.kernel_signature
     else:
-        fixed = (*options, *scratch, *metadata)
-    return Native(launch, (compiled.function, *fixed), tuple(boxes))
+        fixed = *options, *scratch, *metadata
+    return Native(launch, (compiled.function, *fixed), boxes)
 
 
 class Encoding:

@@ -88,7 +88,7 @@ def replayed(
         run()
         return
     device = current_device()
-    tensors, names = [], []
+    tensors, names, memories = [], [], []
     for some in inputs:
         if isinstance(some, Tensor):
             tensors.append(some)
@@ -97,19 +97,21 @@ def replayed(
             names.append((type(some), len(tensors), len(parts)))
             tensors += parts
     for some in named:
-        if isinstance(some, Arena):
-            tensors.append(some.memory)
+        if isinstance(some, Arena):  # whose layout tells all of its memory
+            memories.append(some.memory)
             names.append(some.layout)
         else:
             tensors += some.values()
             names += some
+    layouts = *map(_dtype_and_shape, tensors), *map(Tensor.stride, tensors)
+    tensors += memories
     addresses = [*map(Tensor.data_ptr, tensors)]
-    remainder = reduce(or_, addresses) & 15
+    remainder = reduce(or_, addresses, 0) & 15
     if remainder:  # of which tensors is a fact, too, as is what follows
         names.append(tuple(address & 15 for address in addresses))
     if len({*addresses}) < len(addresses):  # a tensor that comes twice
         names.append(tuple(map(addresses.index, addresses)))
-    key = facts, device, remainder, tuple(names), *map(_dtype_and_shape, tensors), *map(Tensor.stride, tensors)
+    key = facts, device, remainder, tuple(names), layouts
     call = _calls.get(key)
     if call is None:
         if len(_calls) >= LIMIT:
