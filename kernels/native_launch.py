@@ -66,8 +66,8 @@ def _native(compiled: Any) -> Native | None:
         launch, metas = inside["launcher"], inside["tensordesc_meta"]
         if any(meta is None or meta.keys() != _META or meta["fp4_padded"] for meta in metas):
             return None
-    utils = triton.runtime.driver.active.utils
-    fill = utils.fill_tma_descriptor_tiled if NESTED else utils.fill_tma_descriptor
+    active: Any = triton.runtime.driver.active
+    fill = active.utils.fill_tma_descriptor_tiled if NESTED else active.utils.fill_tma_descriptor
     boxes = tuple(
         Box(
             fill=fill,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
 from xmoe.kernels import pipeline
@@ -459,8 +460,8 @@ def grouped_mm_with_autograd(
         return _forward_op(A, B, offs, config_key, save_tokens, prepared, None, save_amax)
 
 
-_apply = super(torch.autograd.Function, _GroupedMM).apply
-"""`_GroupedMM.apply` without its look for tensors of functorch, which takes 2 us."""
+_apply: Callable[..., Any] = super(torch.autograd.Function, _GroupedMM).apply  # type: ignore[misc]
+"""`_GroupedMM.apply`, which is a call of this and 2 us of finding out that it needs no more."""
 
 
 @torch._disable_dynamo
@@ -474,6 +475,11 @@ def unseen_grouped_mm(
     prepared_dgrad: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The ``out`` of ``xmoe::grouped_mm_forward``, for a call that is `unseen`."""
+    A, B, offs = (
+        unwrap_if_dead(A),
+        unwrap_if_dead(B),
+        unwrap_if_dead(offs),
+    )  # if a transform of torch.func has left them behind
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
         return _apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)[0]
     return grouped_mm_forward(A, B, offs, config_key, save_tokens, prepared)[0]
