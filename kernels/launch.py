@@ -2,8 +2,8 @@
 
 A launch through Triton's `JITFunction` takes 25-40 us of host time: it binds and specialises 15 to 25 arguments, looks
 at environment variables, calls its hooks. `launch` lets it do so when it first sees a kernel with arguments of a kind,
-and keeps the `CompiledKernel` that comes back. From then on arguments of that kind go straight to that kernel's
-launcher, on the current stream of the current device.
+and keeps what comes back. From then on arguments of that kind go straight to the function in C that Triton's launcher
+ends in (`native_launch`), on the current stream of the current device.
 
 The kind is the key, so it tells apart all that Triton compiles apart: the device, every constant and option, whether an
 argument is None, and

@@ -20,9 +20,8 @@ from torch._C._functorch import unwrap_if_dead
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
 from xmoe.kernels import pipeline
 from xmoe.kernels.dispatch import Device, Implementation, select
-from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.torch_backend.checks import DTYPES, check_offsets, check_signature
 
-DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _TMA_BYTES = 16
 Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
@@ -64,56 +63,6 @@ def layout(spec: pipeline.Spec) -> pipeline.Layout | None:
 
 def arena(layout: pipeline.Layout | None, device: torch.device) -> pipeline.Tensors:
     return {} if layout is None else pipeline.Arena(layout, device)
-
-
-# ------------------------------------------------------------------------------------------------------------ checks
-
-
-def check_signature(
-    A_shape: Sequence[int],
-    A_dtype: torch.dtype,
-    B_shape: Sequence[int],
-    B_dtype: torch.dtype,
-    offs_shape: Sequence[int],
-    offs_dtype: torch.dtype,
-    devices: Sequence[torch.device],
-) -> None:
-    """Raises ValueError, naming the argument, its value and the fix, unless A [M, K], B [G, K, N] and offs [G] fit."""
-    if len(A_shape) != 2:
-        raise ValueError(f"A has shape {tuple(A_shape)}; flatten the leading dimensions to [M, K]")
-    if len(B_shape) != 3:
-        raise ValueError(f"B_t has shape {tuple(B_shape)}; give expert weights [G, K, N]")
-    for name, dtype in (("A", A_dtype), ("B_t", B_dtype)):
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} is {dtype}; cast it to torch.bfloat16 or torch.float32")
-    G, K, N = B_shape
-    if A_shape[1] != K:
-        raise ValueError(
-            f"A has K={A_shape[1]} columns and B_t {tuple(B_shape)} has K={K}; give B_t as [G, K, N], which for "
-            "weights stored [G, N, K] is weight.transpose(-2, -1)"
-        )
-    if G < 1:
-        raise ValueError(f"B_t has shape {tuple(B_shape)}; give at least one group")
-    for name, size in (("K", K), ("N", N)):
-        if size < FEATURE_MULTIPLE or size % FEATURE_MULTIPLE:
-            padded = max(1, -(-size // FEATURE_MULTIPLE)) * FEATURE_MULTIPLE
-            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it to {padded}")
-    if offs_dtype != torch.int32:
-        raise ValueError(f"offs is {offs_dtype}; cast it with offs.to(torch.int32)")
-    if tuple(offs_shape) != (G,):
-        raise ValueError(f"offs has shape {tuple(offs_shape)}; give one end row for each of the G={G} groups, ({G},)")
-    if not devices[0] == devices[1] == devices[2]:
-        raise ValueError(f"A, B_t and offs are on {', '.join(map(str, devices))}; move them to one device")
-
-
-def check_offsets(offs: Tensor, M: int) -> None:
-    """Raises ValueError unless ``offs`` [G] is non-decreasing within [0, M]. Waits for the device."""
-    ends = offs.tolist()
-    for g, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        if not 0 <= end <= M:
-            raise ValueError(f"offs[{g}]={end} is outside [0, M={M}]; offs are cumulative row counts of A")
-        if end < start:
-            raise ValueError(f"offs[{g}]={end} is less than offs[{g - 1}]={start}; give cumulative sums of group sizes")
 
 
 # ---------------------------------------------------------------------------------------------------------- dispatch
@@ -392,6 +341,20 @@ def backward(*args: Any) -> tuple[Tensor, Tensor]:
     return direct(_backward_op, grouped_mm_backward, *args)
 
 
+def _save(ctx: Any, A: Tensor, B: Tensor, offs: Tensor, config_key: str, prepared: Any, made: Sequence[Tensor]) -> None:
+    """What the backward needs, of the inputs (`prepared` along N) and of what the forward made beside ``out``."""
+    a_tokens, a_tokens_scale, b_amax = made
+    ctx.set_materialize_grads(False)
+    ctx.config_key, ctx.A_dtype = config_key, A.dtype
+    A_saved = ()
+    if ctx.needs_input_grad[1]:
+        A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
+    # Not saved tensors, whose number and shapes must not depend on a cache. B is saved, and autograd checks that
+    # nothing has changed it since.
+    ctx.prepared, ctx.b_amax = tuple(prepared or ()), b_amax if b_amax.numel() else None
+    ctx.save_for_backward(B, offs, *A_saved)
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -405,18 +368,10 @@ class _GroupedMM(torch.autograd.Function):
         prepared_dgrad: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         args = A, B, offs, config_key, save_tokens, prepared, None, ctx.needs_input_grad[0]
-        out, a_tokens, a_tokens_scale, b_amax = direct(_forward_op, grouped_mm_forward, *args)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(a_tokens, a_tokens_scale, b_amax)
-        ctx.config_key, ctx.A_dtype = config_key, A.dtype
-        A_saved = ()
-        if ctx.needs_input_grad[1]:
-            A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
-        # Not saved tensors, whose number and shapes must not depend on a cache. B is saved, and autograd checks that
-        # nothing has changed it since.
-        ctx.prepared, ctx.b_amax = tuple(prepared_dgrad or ()), b_amax if b_amax.numel() else None
-        ctx.save_for_backward(B, offs, *A_saved)
-        return out, a_tokens, a_tokens_scale, b_amax
+        results = direct(_forward_op, grouped_mm_forward, *args)
+        ctx.mark_non_differentiable(*results[1:])
+        _save(ctx, A, B, offs, config_key, prepared_dgrad, results[1:])
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -460,8 +415,19 @@ def grouped_mm_with_autograd(
         return _forward_op(A, B, offs, config_key, save_tokens, prepared, None, save_amax)
 
 
-_apply: Callable[..., Any] = super(torch.autograd.Function, _GroupedMM).apply  # type: ignore[misc]
-"""`_GroupedMM.apply`, which is a call of this and 2 us of finding out that it needs no more."""
+class _UnseenGroupedMM(_GroupedMM):
+    """Of `unseen` calls: nobody asks for more than ``out``."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, offs: Tensor, config_key: str, *rest: Any) -> Any:
+        save_tokens, prepared, prepared_dgrad = rest
+        out, *made = grouped_mm_forward(A, B, offs, config_key, save_tokens, prepared, None, ctx.needs_input_grad[0])
+        _save(ctx, A, B, offs, config_key, prepared_dgrad, made)
+        return out
+
+
+_apply: Callable[..., Any] = super(torch.autograd.Function, _UnseenGroupedMM).apply  # type: ignore[misc]
+"""`_UnseenGroupedMM.apply`, which is a call of this and 2 us of finding out that it needs no more."""
 
 
 @torch._disable_dynamo
@@ -481,7 +447,7 @@ def unseen_grouped_mm(
         unwrap_if_dead(offs),
     )  # if a transform of torch.func has left them behind
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
-        return _apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)[0]
+        return _apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)
     return grouped_mm_forward(A, B, offs, config_key, save_tokens, prepared)[0]
 
 
