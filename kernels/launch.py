@@ -2,8 +2,8 @@
 
 A launch through Triton's `JITFunction` takes 25-40 us of host time: it binds and specialises 15 to 25 arguments, looks
 at environment variables, calls its hooks. `launch` lets it do so when it first sees a kernel with arguments of a kind,
-and keeps the `CompiledKernel` that comes back. From then on arguments of that kind go straight to that kernel's
-launcher, on the current stream of the current device.
+and keeps what comes back. From then on arguments of that kind go straight to the function in C that Triton's launcher
+ends in (`native_launch`), on the current stream of the current device.
 
 The kind is the key, so it tells apart all that Triton compiles apart: the device, every constant and option, whether an
 argument is None, and
@@ -13,13 +13,14 @@ argument is None, and
 - of a descriptor: the dtype, the block and the layout.
 
 (It tells more apart for integers that a kernel does not specialise.) `TRITON_DEBUG` and the other knobs count as they
-were when a kind was first seen. Whatever Triton does not document is used in this file alone: with a version that is
-not KNOWN, with hooks set (a profiler's), or with anything else unexpected, every launch is Triton's own.
+were when a kind was first seen. Whatever Triton does not document is used in this file and in `native_launch` alone:
+with a version that is not KNOWN, with hooks set (a profiler's), or with anything else unexpected, every launch is
+Triton's own.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -31,6 +32,8 @@ from triton.runtime import JITFunction
 from triton.runtime import driver as _driver
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from xmoe.kernels.native_launch import NESTED, Box, Encoding, encoding, native, tensor_map
 
 KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 """Whether this is a Triton whose `CompiledKernel.run` takes (grid x, y, z, stream, function, packed metadata, launch
@@ -87,11 +90,14 @@ def ragged_descriptor(x: Tensor, block: tuple[int, int], layout: Any = None) -> 
 
 
 class Compiled(NamedTuple):
-    """What a kind of arguments was compiled to."""
+    """What a kind of arguments was compiled to: ``launch(*grid, stream, *fixed, *arguments)``, or, if they are nested,
+    ``launch(*grid, stream, *fixed, arguments)``."""
 
-    run: Any
-    function: int
-    metadata: Any
+    launch: Callable[..., Any]
+    fixed: tuple[Any, ...]
+    nested: bool
+    boxes: tuple[Box, ...]
+    """One for each descriptor, in order; none if `launch` takes a `Descriptor`."""
     constants: tuple[None, ...]
     """One for each parameter that was given as a constant: the launcher skips them."""
     kernel: JITFunction[Any]
@@ -166,9 +172,32 @@ def start(compiled: Compiled, grid: tuple[int, ...], stream: int, values: Sequen
         grid: three axes.
         values: the arguments, with addresses in place of tensors.
     """
-    x, y, z = grid
-    run, function, metadata, constants, _ = compiled
-    run(x, y, z, stream, function, metadata, None, None, None, *values, *constants)
+    arguments = expanded(compiled, values, _mapped)
+    if compiled.nested:
+        compiled.launch(*grid, stream, *compiled.fixed, arguments)
+    else:
+        compiled.launch(*grid, stream, *compiled.fixed, *arguments)
+
+
+def expanded(
+    compiled: Compiled, values: Sequence[Any], mapped: Callable[[Encoding, Descriptor], Any]
+) -> tuple[Any, ...]:
+    """The arguments of a launch: `values` and, after them, the constants; in place of a descriptor, where there is a
+    box for each, its tensor map (what `mapped` gives), its shape and its strides."""
+    if not compiled.boxes:
+        return *values, *compiled.constants
+    arguments, boxes = [], iter(compiled.boxes)
+    for value in values:
+        if type(value) is Descriptor:
+            shape, strides = value.shape, value.strides
+            arguments += mapped(encoding(next(boxes), shape, strides), value), *shape, *strides
+        else:
+            arguments.append(value)
+    return *arguments, *compiled.constants
+
+
+def _mapped(encoding: Encoding, x: Descriptor) -> Any:
+    return tensor_map(encoding, x.base.data_ptr())
 
 
 def current_device() -> int:
@@ -191,13 +220,13 @@ def int_kind(value: int) -> bool | str:
 def hooked(*kernels: Any) -> bool:
     """Whether something wants to know of each launch of `kernels`."""
     runtime = knobs.runtime
-    if _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook):
-        return True
-    return any(kernel.pre_run_hooks for kernel in kernels)
-
-
-def _calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # a chain of them, or one
+            return True
+    for kernel in kernels:  # noqa: SIM110 (a generator takes longer)
+        if kernel.pre_run_hooks:
+            return True
+    return False
 
 
 def _launch_by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
@@ -230,7 +259,15 @@ def _launchable(kernel: JITFunction[Any], count: int, result: Any) -> Compiled |
     elif not all(isinstance(value, constexpr) for value, _ in kernel.used_global_vals.values()):
         why = "it reads globals that may change"
     else:
-        constants = (None,) * (len(kernel.params) - count)
-        return Compiled(result.run, result.function, result.packed_metadata, constants, kernel)
+        return _compiled_to(kernel, result, (None,) * (len(kernel.params) - count))
     _log.debug("%s is launched by Triton: %s", kernel.__name__, why)
     return None
+
+
+def _compiled_to(kernel: JITFunction[Any], result: CompiledKernel, constants: tuple[None, ...]) -> Compiled:
+    found = native(result)
+    if found is not None:
+        return Compiled(found.launch, found.fixed, NESTED, found.boxes, constants, kernel)
+    _log.debug("%s is launched through its launcher, which is not as it is known here", kernel.__name__)
+    metadata = result.packed_metadata, None, None, None  # no launch metadata, no hooks
+    return Compiled(result.run, (result.function, *metadata), False, (), constants, kernel)

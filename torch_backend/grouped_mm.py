@@ -54,10 +54,9 @@ def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> 
     """`scaled_grouped_mm` with the config as its key, the form that the ops carry."""
     save_tokens = B_t.requires_grad and torch.is_grad_enabled()
     prepared = cached(lambda: _prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
-    op = torch.ops.xmoe.grouped_mm_forward.default
     if ops.unseen(A, B_t, offs):
-        op = ops.grouped_mm_with_autograd
-    return op(A, B_t, offs, config_key, save_tokens, *prepared)[0]
+        return ops.unseen_grouped_mm(A, B_t, offs, config_key, save_tokens, *prepared)
+    return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
 
 
 def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:

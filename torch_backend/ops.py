@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
 from xmoe.kernels import pipeline
 from xmoe.kernels.dispatch import Device, Implementation, select
-from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.torch_backend.checks import DTYPES, check_offsets, check_signature
 
-DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _TMA_BYTES = 16
 Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
@@ -53,7 +53,8 @@ def as_torch(specs: dict[str, pipeline.TensorSpec]) -> Specs:
 
 
 def allocate(specs: Specs, device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in specs}
+    """(`torch.empty` takes 0.5 us longer to read one tuple, which could be of names of dimensions.)"""
+    return {name: torch.empty(*shape, dtype=dtype, device=device) for name, shape, dtype in specs}
 
 
 def layout(spec: pipeline.Spec) -> pipeline.Layout | None:
@@ -62,56 +63,6 @@ def layout(spec: pipeline.Spec) -> pipeline.Layout | None:
 
 def arena(layout: pipeline.Layout | None, device: torch.device) -> pipeline.Tensors:
     return {} if layout is None else pipeline.Arena(layout, device)
-
-
-# ------------------------------------------------------------------------------------------------------------ checks
-
-
-def check_signature(
-    A_shape: Sequence[int],
-    A_dtype: torch.dtype,
-    B_shape: Sequence[int],
-    B_dtype: torch.dtype,
-    offs_shape: Sequence[int],
-    offs_dtype: torch.dtype,
-    devices: Sequence[torch.device],
-) -> None:
-    """Raises ValueError, naming the argument, its value and the fix, unless A [M, K], B [G, K, N] and offs [G] fit."""
-    if len(A_shape) != 2:
-        raise ValueError(f"A has shape {tuple(A_shape)}; flatten the leading dimensions to [M, K]")
-    if len(B_shape) != 3:
-        raise ValueError(f"B_t has shape {tuple(B_shape)}; give expert weights [G, K, N]")
-    for name, dtype in (("A", A_dtype), ("B_t", B_dtype)):
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} is {dtype}; cast it to torch.bfloat16 or torch.float32")
-    G, K, N = B_shape
-    if A_shape[1] != K:
-        raise ValueError(
-            f"A has K={A_shape[1]} columns and B_t {tuple(B_shape)} has K={K}; give B_t as [G, K, N], which for "
-            "weights stored [G, N, K] is weight.transpose(-2, -1)"
-        )
-    if G < 1:
-        raise ValueError(f"B_t has shape {tuple(B_shape)}; give at least one group")
-    for name, size in (("K", K), ("N", N)):
-        if size < FEATURE_MULTIPLE or size % FEATURE_MULTIPLE:
-            padded = max(1, -(-size // FEATURE_MULTIPLE)) * FEATURE_MULTIPLE
-            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it to {padded}")
-    if offs_dtype != torch.int32:
-        raise ValueError(f"offs is {offs_dtype}; cast it with offs.to(torch.int32)")
-    if tuple(offs_shape) != (G,):
-        raise ValueError(f"offs has shape {tuple(offs_shape)}; give one end row for each of the G={G} groups, ({G},)")
-    if not devices[0] == devices[1] == devices[2]:
-        raise ValueError(f"A, B_t and offs are on {', '.join(map(str, devices))}; move them to one device")
-
-
-def check_offsets(offs: Tensor, M: int) -> None:
-    """Raises ValueError unless ``offs`` [G] is non-decreasing within [0, M]. Waits for the device."""
-    ends = offs.tolist()
-    for g, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        if not 0 <= end <= M:
-            raise ValueError(f"offs[{g}]={end} is outside [0, M={M}]; offs are cumulative row counts of A")
-        if end < start:
-            raise ValueError(f"offs[{g}]={end} is less than offs[{g - 1}]={start}; give cumulative sums of group sizes")
 
 
 # ---------------------------------------------------------------------------------------------------------- dispatch
@@ -123,18 +74,22 @@ def unseen(*tensors: Tensor) -> bool:
     """Whether a call of an op on `tensors` is seen by nobody but its implementation: no compiler, mode (tracing,
     selective checkpointing), transform or tensor subclass. It may then be made without the dispatcher, which takes 6 us
     to get from Python to Python."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in _PLAIN for x in tensors)
-    )
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110 (a generator takes longer)
+        if type(x) not in _PLAIN:
+            return False
+    return True
 
 
 def direct(op: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:
     """``op(*args)``, inside an autograd function: the call of its `implementation` where it is `unseen` and nobody asks
     for the derivative of a derivative."""
-    plain = not torch.is_grad_enabled() and unseen(*(x for x in args if isinstance(x, Tensor)))
+    plain = not torch.is_grad_enabled() and unseen(*[x for x in args if isinstance(x, Tensor)])
     return implementation(*args) if plain else op(*args)
 
 
@@ -238,7 +193,7 @@ _RETURNED = ("out", "a_tokens", "a_tokens_scale", "b_amax")
 
 
 def _returned(outputs: dict[str, Tensor], A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(outputs[name] if name in outputs else A.new_empty(0) for name in _RETURNED)  # type: ignore[return-value]
+    return tuple([outputs[name] if name in outputs else A.new_empty(0) for name in _RETURNED])  # type: ignore[return-value]
 
 
 def pack(prepared: pipeline.Prepared) -> list[Tensor]:
@@ -257,13 +212,18 @@ def aligned(x: Tensor) -> Tensor:
     It can where one of the last two axes is contiguous and the first byte and the other strides are multiples of 16
     bytes (CUDA driver API, ``cuTensorMapEncodeTiled``); a stride of 0, of an expanded axis, is none.
     """
-    strides, multiple = x.stride(), _TMA_BYTES // x.element_size()
-    fits = 1 in strides[-2:] and strides.count(1) == 1 and all(s == 1 or (s > 0 and s % multiple == 0) for s in strides)
-    if fits and x.data_ptr() % _TMA_BYTES == 0:
+    if x.data_ptr() % _TMA_BYTES == 0 and _tma_reads(x.stride(), x.element_size()):
         return x
     if x.ndim == 3 and k_is_contiguous(x):
         return x.mT.clone(memory_format=torch.contiguous_format).mT
     return x.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=4096)
+def _tma_reads(strides: tuple[int, ...], element_size: int) -> bool:
+    multiple = _TMA_BYTES // element_size
+    whole = all(s == 1 or (s > 0 and s % multiple == 0) for s in strides)
+    return whole and 1 in strides[-2:] and strides.count(1) == 1
 
 
 def k_is_contiguous(B: Tensor) -> bool:
@@ -360,7 +320,7 @@ def grouped_mm_backward(
         b_amax is not None,
     )  # fmt: skip
     outputs = {
-        name: _empty_dB(B) if name == "dB" else torch.empty(shape, dtype=dtype, device=device)
+        name: _empty_dB(B) if name == "dB" else torch.empty(*shape, dtype=dtype, device=device)
         for name, shape, dtype in plan.outputs
     }
     scratch = arena(plan.scratch, device)
@@ -404,6 +364,20 @@ def backward(*args: Any) -> tuple[Tensor, Tensor]:
     return direct(_backward_op, grouped_mm_backward, *args)
 
 
+def _save(ctx: Any, A: Tensor, B: Tensor, offs: Tensor, config_key: str, prepared: Any, made: Sequence[Tensor]) -> None:
+    """What the backward needs, of the inputs (`prepared` along N) and of what the forward made beside ``out``."""
+    a_tokens, a_tokens_scale, b_amax = made
+    ctx.set_materialize_grads(False)
+    ctx.config_key, ctx.A_dtype = config_key, A.dtype
+    A_saved = ()
+    if ctx.needs_input_grad[1]:
+        A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
+    # Not saved tensors, whose number and shapes must not depend on a cache. B is saved, and autograd checks that
+    # nothing has changed it since.
+    ctx.prepared, ctx.b_amax = tuple(prepared or ()), b_amax if b_amax.numel() else None
+    ctx.save_for_backward(B, offs, *A_saved)
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -417,18 +391,10 @@ class _GroupedMM(torch.autograd.Function):
         prepared_dgrad: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         args = A, B, offs, config_key, save_tokens, prepared, None, ctx.needs_input_grad[0]
-        out, a_tokens, a_tokens_scale, b_amax = direct(_forward_op, grouped_mm_forward, *args)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(a_tokens, a_tokens_scale, b_amax)
-        ctx.config_key, ctx.A_dtype = config_key, A.dtype
-        A_saved = ()
-        if ctx.needs_input_grad[1]:
-            A_saved = (A,) if pipeline.saves_input(config_from_key(config_key)) else (a_tokens, a_tokens_scale)
-        # Not saved tensors, whose number and shapes must not depend on a cache. B is saved, and autograd checks that
-        # nothing has changed it since.
-        ctx.prepared, ctx.b_amax = tuple(prepared_dgrad or ()), b_amax if b_amax.numel() else None
-        ctx.save_for_backward(B, offs, *A_saved)
-        return out, a_tokens, a_tokens_scale, b_amax
+        results = direct(_forward_op, grouped_mm_forward, *args)
+        ctx.mark_non_differentiable(*results[1:])
+        _save(ctx, A, B, offs, config_key, prepared_dgrad, results[1:])
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -470,6 +436,42 @@ def grouped_mm_with_autograd(
         return _GroupedMM.apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(A, B, offs, config_key, save_tokens, prepared, None, save_amax)
+
+
+class _UnseenGroupedMM(_GroupedMM):
+    """Of `unseen` calls: nobody asks for more than ``out``."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, offs: Tensor, config_key: str, *rest: Any) -> Any:
+        save_tokens, prepared, prepared_dgrad = rest
+        out, *made = grouped_mm_forward(A, B, offs, config_key, save_tokens, prepared, None, ctx.needs_input_grad[0])
+        _save(ctx, A, B, offs, config_key, prepared_dgrad, made)
+        return out
+
+
+_apply: Callable[..., Any] = super(torch.autograd.Function, _UnseenGroupedMM).apply  # type: ignore[misc]
+"""`_UnseenGroupedMM.apply`, which is a call of this and 2 us of finding out that it needs no more."""
+
+
+@torch._disable_dynamo
+def unseen_grouped_mm(
+    A: Tensor,
+    B: Tensor,
+    offs: Tensor,
+    config_key: str,
+    save_tokens: bool,
+    prepared: Sequence[Tensor] | None = None,
+    prepared_dgrad: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The ``out`` of ``xmoe::grouped_mm_forward``, for a call that is `unseen`."""
+    A, B, offs = (
+        unwrap_if_dead(A),
+        unwrap_if_dead(B),
+        unwrap_if_dead(offs),
+    )  # if a transform of torch.func has left them behind
+    if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
+        return _apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)
+    return grouped_mm_forward(A, B, offs, config_key, save_tokens, prepared)[0]
 
 
 @torch.library.impl(LIBRARY, "grouped_mm_backward", "Autograd")

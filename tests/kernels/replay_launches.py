@@ -1,5 +1,6 @@
-"""Run by test_launch.py in a process without the interpreter: what is launched directly and what is replayed, beside
-what Triton is asked to launch for the same tensors. Nothing is compiled or run; exit status 1 names what differs."""
+"""Run by test_launch.py in a process without the interpreter: what the function in C is given by direct launches and by
+replayed ones, beside what it is given by Triton's own launcher for the same tensors. Nothing is compiled or run; exit
+status 1 names what differs."""
 
 import sys
 from collections.abc import Callable
@@ -8,13 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
-from triton.runtime import jit
+from triton.runtime import _allocation, jit
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.kernels.fake_cuda import CPU, Driver, pretend
+from tests.kernels import fake_cuda, fake_launcher
+from tests.kernels.fake_cuda import CPU, Driver
+from tests.kernels.fake_launcher import launched
 from xmoe import config_from_recipe
 from xmoe.kernels import experts, launch, pipeline, replay
 from xmoe.kernels.dispatch import Device, select
@@ -26,42 +31,20 @@ NOT_REPLAYED = {
     ("bf16", "dgrad", "bfloat16"),
 }
 """(recipe, call, dtype) whose operands torch casts to bf16, or puts side by side."""
-launches: list[tuple[Any, ...]] = []
-by_triton = 0
+by_triton = through_launcher = scratch = 0
 binders: dict[jit.JITFunction, Any] = {}
-
-
-def plain(arg: Any) -> Any:
-    if isinstance(arg, torch.Tensor):
-        return arg.data_ptr()
-    if hasattr(arg, "padding"):  # a descriptor
-        block = getattr(arg, "block", None) or arg.block_shape
-        return (
-            arg.base.data_ptr(),
-            *map(tuple, (arg.shape, arg.strides, block)),
-            arg.padding,
-            getattr(arg, "round_f32_to_tf32", False),
-        )
-    return arg
+functions: dict[tuple[str, ...], int] = {}
 
 
 class Compiled(CompiledKernel):
-    """A kernel whose launch is noted with what it was compiled for."""
+    """A kernel, loaded, for arguments of a kind: `function` is another one for each kind."""
 
-    def __init__(self, kernel: jit.JITFunction, specialization: str, options: dict[str, Any]):
+    def __init__(self, kernel: jit.JITFunction, specialization: list[Any], options: dict[str, Any]):
         self.src, self.metadata = SimpleNamespace(fn=kernel), SimpleNamespace(target=TARGET)
-        self.function, self.packed_metadata = id(self), (4, 1, 0)
-        self.what = kernel.fn.__name__, specialization, str(sorted(options.items()))
-        self.constants = sum(param.is_constexpr for param in kernel.params)
-
-    @property
-    def run(self) -> Callable[..., None]:
-        def run(x, y, z, stream, function, packed, metadata, enter, leave, *args):
-            assert (stream, function, packed) == (Driver.stream, self.function, self.packed_metadata), self.what
-            assert (metadata, enter, leave) == (None, None, None), f"{self.what} has hooks"
-            launches.append((*self.what, (x, y, z), *map(plain, args[: -self.constants])))
-
-        return run
+        self.function = functions.setdefault((kernel.fn.__name__, str(specialization), str(options)), len(functions))
+        self.packed_metadata = (4, 1, self.function)
+        signature = {param.name: kind for param, (kind, *_) in zip(kernel.params, specialization, strict=True)}
+        self.module, self._run = "loaded", fake_launcher.launcher(kernel, signature, options, scratch)
 
 
 def run_by_triton(self: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Compiled:
@@ -70,19 +53,28 @@ def run_by_triton(self: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **
     by_triton += 1
     if self not in binders:
         binders[self] = jit.create_function_from_signature(self.signature, self.params, CUDABackend(TARGET))
-    _, specialization, _ = binders[self](*args, debug=False, **options)
-    compiled = Compiled(self, str(specialization), options)
-    launches.append((*compiled.what, (*grid, 1, 1)[:3], *map(plain, args)))
+    bound, specialization, _ = binders[self](*args, debug=False, **options)
+    compiled = Compiled(self, specialization, options)
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    place = *(*grid, 1, 1)[:3], Driver.stream, compiled.function, compiled.packed_metadata
+    compiled.run(*place, None, *hooks, *bound.values())
     return compiled
 
 
-def noted(call: Callable[[], None]) -> tuple[list[tuple[Any, ...]], int]:
-    """The launches of a call, and how many of them Triton was asked for."""
-    global by_triton
-    launches.clear()
-    by_triton = 0
+def counted(self: CudaLauncher, *args: Any, call: Callable[..., None] = CudaLauncher.__call__) -> None:
+    """In place of CudaLauncher.__call__."""
+    global through_launcher
+    through_launcher += 1
+    call(self, *args)
+
+
+def noted(call: Callable[[], None]) -> tuple[list[tuple[Any, ...]], int, int]:
+    """The launches of a call, how many of them Triton was asked for, and how many went through its launcher."""
+    global by_triton, through_launcher
+    launched.clear()
+    by_triton = through_launcher = 0
     call()
-    return list(launches), by_triton
+    return list(launched), by_triton, through_launcher
 
 
 def tensor(dtype: str, *shape: int) -> torch.Tensor:
@@ -173,25 +165,34 @@ def check(make: Callable[..., tuple[Callable[[], None], ...]], *args: Any) -> li
     versions, wrong = [make(*args) for _ in range(3)], []
     for index, (first, second, third) in enumerate(zip(*versions, strict=True)):
         for name, call, most in (("first", first, 99), ("recorded", second, 0), ("replayed", third, 0)):
-            got, asked = noted(call)
+            got, asked, through = noted(call)
             launch.KNOWN = False
             launch.DIRECT = False
-            want, _ = noted(call)
+            want, _, all_launches = noted(call)
             launch.KNOWN = launch.DIRECT = True
-            if got != want or not want or asked > most:
-                wrong.append(f"{make.__name__}{args} {index} {name}: {len(got)} launches, {asked} of them by Triton")
+            expected = all_launches if scratch else asked
+            if got != want or not want or asked > most or through != expected:
+                wrong.append(
+                    f"{make.__name__}{args} {index} {name}: {len(got)} launches, {asked} of them by Triton, {through} "
+                    f"instead of {expected} through its launcher"
+                )
     return wrong
 
 
 assert launch.DIRECT, f"triton is not known here: {launch.KNOWN=}"
-pretend()
+fake_cuda.pretend()
+fake_launcher.pretend()
 jit.JITFunction.run = run_by_triton
+CudaLauncher.__call__ = counted
+_allocation.set_allocator(lambda size, alignment, stream: size)
 OFFS = torch.full((8,), 1000, dtype=torch.int32)
+RECIPES = "bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"
 wrong, unreplayed = [], set()
-for capability in ((9, 0), (10, 0)):
+# With scratch, which Triton's launcher allocates, everything goes through that, from wherever it is launched.
+for capability, scratch, recipes in (((9, 0), 0, RECIPES), ((10, 0), 0, RECIPES), ((9, 0), 16, RECIPES[3:4])):  # noqa: B007
     view = Device("cuda", capability)
     launch._compiled.clear()
-    for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"):
+    for recipe in recipes:
         config = config_from_recipe(recipe)
         for dtypes in (("bfloat16",) * 3, ("float32",) * 3):
             cases = ("GKN", True, False), ("GNK", True, False), ("GNK", False, False)

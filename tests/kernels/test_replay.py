@@ -1,5 +1,6 @@
 """Replaying calls, beside running them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -132,6 +133,22 @@ def test_other_layouts_names_and_facts_are_other_calls(caller, monkeypatch):
     monkeypatch.setattr(Driver, "device", 1)
     caller(x)
     assert len(replay._calls) == len(variants) + 1
+
+
+def test_threads_replay_the_same_call_side_by_side(caller, compiled):
+    def replay_some(tensors: list[torch.Tensor]) -> None:
+        for x in tensors * 50:
+            caller(x)
+
+    several = [fresh() for _ in range(4)]
+    for x in several[0][:2]:
+        caller(x)
+    compiled.clear()
+    with ThreadPoolExecutor(len(several)) as pool:
+        list(pool.map(replay_some, several))
+    assert caller.runs == 2
+    expected = [x.data_ptr() + 16 for tensors in several for x in tensors] * 50
+    assert sorted(call[9] for call in compiled) == sorted(expected)
 
 
 def test_hooks_see_the_launches_of_a_replayed_call(caller, monkeypatch):

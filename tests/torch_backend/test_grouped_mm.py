@@ -347,6 +347,21 @@ def test_no_grad_saves_nothing_and_agrees() -> None:
     assert torch.equal(out, scaled_grouped_mm(A, W.mT, offs, FP8))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_that_a_transform_has_left_behind(grad: bool) -> None:
+    A, W, offs = problem()
+    left: list[Tensor] = []
+
+    def double(x: Tensor) -> Tensor:
+        left.append(x * 2)
+        return left[0].float().sum()
+
+    torch.func.grad(double)(A.detach())
+    with torch.set_grad_enabled(grad):
+        got, want = (scaled_grouped_mm(x, W.mT, offs, FP8) for x in (left[0], A.detach() * 2))
+    assert torch.equal(got, want)
+
+
 def test_two_runs_give_the_same_bits() -> None:
     A, W, offs = problem()
     runs = [torch.autograd.grad(scaled_grouped_mm(A, W.mT, offs, FP8).sum(), (A, W)) for _ in range(2)]
