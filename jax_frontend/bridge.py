@@ -169,11 +169,12 @@ def experts_forward(plan: ExpertsPlan, *inputs: jax.Array, save: bool) -> dict[s
 
 
 class Gradient(NamedTuple):
-    """What `experts.gradient` makes: operands of the backward's GEMMs, None for what is not needed or not there."""
+    """What `experts.gradient` makes: operands of the backward's GEMMs, those that are needed, and their scales, None
+    where there are none."""
 
-    d: jax.Array | None
+    d: Any
     d_scale: jax.Array | None
-    d_tokens: jax.Array | None
+    d_tokens: Any
     d_tokens_scale: jax.Array | None
 
 
@@ -221,7 +222,7 @@ def swiglu(gate_up: jax.Array, plan: ExpertsPlan) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=4096)
-def _experts_call(plan: ExpertsPlan, stage: str, *flags: bool) -> _Call:
+def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
     """`flags`: of "forward", whether the backward's tensors are wanted; of "gradient", which operands are needed; of
     "dgrad" and "wgrad", which of their optional inputs there are."""
     pipeline = _pipeline()
@@ -240,7 +241,8 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: bool) -> _Call:
 
         return _Call(experts.forward_spec(e, config, device, *flags), forward, implementation)
     if stage == "gradient":
-        spec = experts.gradient_spec(e, config, device, *flags)
+        need_dx, need_dw = flags
+        spec = experts.gradient_spec(e, config, device, need_dx, need_dw)
         given = {
             "dh": pipeline.TensorSpec((plan.M, plan.H), plan.x_dtype),
             "gate_up": pipeline.TensorSpec((plan.M, 2 * plan.H), plan.x_dtype),
@@ -248,7 +250,7 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: bool) -> _Call:
 
         def gradient(outputs: Any, scratch: Any, offs: Any) -> None:
             dh, gate_up = outputs.pop("dh"), outputs.pop("gate_up")
-            experts.gradient(e, config, device, dh, gate_up, offs, *flags, outputs, scratch)
+            experts.gradient(e, config, device, dh, gate_up, offs, need_dx, need_dw, outputs, scratch)
 
         return _Call(pipeline.Spec({**given, **spec.outputs}, spec.scratch), gradient, implementation, {1: 0, 2: 1})
     if stage == "dgrad":

@@ -21,7 +21,7 @@ that a frontend can let go of memory in between.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -164,7 +164,7 @@ def gradient(
         if need_tokens and tiled:
             halves = _halves(call, e, tensors["d_tokens"], tensors["d_tokens_scale"])
             for d, (data, scale) in zip(gate_up.split(e.H, 1), halves, strict=True):
-                call.tokens("d", d, {"d": data, "d_scale": scale})
+                call.tokens("d", d, {"d": data, "d_scale": cast(torch.Tensor, scale)})
         elif need_tokens:
             call.tokens("d_tokens", gate_up, tensors)
 
@@ -294,7 +294,8 @@ def _halves(call: Call, e: Experts, data: torch.Tensor, scale: torch.Tensor | No
         return [(data[own], scale[half]) for half, own in enumerate(both)]
     if call.config.format == "fp8_rowwise":
         return [(data[own], scale[:, own]) for own in both]
-    return [(data[own], call.rows_first(scale)[own]) for own in both]
+    scale = scale.mT if call.implementation.warp_specialized else scale
+    return [(data[own], scale[own]) for own in both]
 
 
 @lru_cache(maxsize=4096)

@@ -6,6 +6,7 @@ stages do, and what they save beside three grouped GEMMs, is in `xmoe.kernels.ex
 
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ _swiglu_op = torch.ops.xmoe.swiglu.default
 
 
 @torch.compiler.assume_constant_result
+@lru_cache(maxsize=4096)
 def _places(config_key: str, device: torch.device, x_dtype: torch.dtype) -> experts.Places:
     config = config_from_key(config_key)
     return experts.places(config, fake_implementation(config, device), DTYPES[x_dtype])
@@ -156,14 +158,16 @@ class _SwigluExperts(torch.autograd.Function):
         out, *saved = direct(_forward_op, swiglu_experts_forward, *args)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
-        got = dict(zip(SAVED, saved, strict=True))
+        got: dict[str, Tensor] = dict(zip(SAVED, saved, strict=True))
         ctx.config_key, ctx.takes_input = config_key, pipeline.saves_input(config_from_key(config_key))
         ctx.k = 0 if order is None else out.shape[0] // max(1, x.shape[0])
         need_x, need_h = ctx.needs_input_grad[1] or ctx.needs_input_grad[3], ctx.needs_input_grad[2]
-        names = ["gate_up"] + ["place"] * bool(ctx.k)
-        names += ([] if ctx.takes_input else ["x_tokens", "x_tokens_scale"]) if need_x else []
-        names += ["tokens"] if ctx.k and need_x and ctx.takes_input else []
-        names += ["h_tokens", "h_tokens_scale"] if need_h and not ctx.takes_input else []
+        names = ["gate_up", *(["place"] if ctx.k else [])]
+        if ctx.takes_input:
+            names += ["tokens"] if ctx.k and need_x else []
+        else:
+            names += ["x_tokens", "x_tokens_scale"] if need_x else []
+            names += ["h_tokens", "h_tokens_scale"] if need_h else []
         # Not saved tensors, whose number and shapes must not depend on a cache. The weights are saved, and autograd
         # checks that nothing has changed them since.
         ctx.prepared = tuple(prepared_dgrad or ())
@@ -174,9 +178,10 @@ class _SwigluExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradients[0] is None or not any(ctx.needs_input_grad):
+        dout = gradients[0]
+        if dout is None or not any(ctx.needs_input_grad):
             return (None,) * 9
-        found = differentiable_once("swiglu_experts", lambda: _SwigluExperts._backward(ctx, gradients[0]))
+        found = differentiable_once("swiglu_experts", lambda: _SwigluExperts._backward(ctx, dout))
         return *found, *(None,) * 5
 
     @staticmethod
@@ -226,12 +231,6 @@ class _SwigluExperts(torch.autograd.Function):
 def _operand(saved: dict[str, Tensor], name: str) -> Sequence[Tensor]:
     """It and its scale, which are then the caller's alone."""
     return [saved.pop(name), saved.pop(f"{name}_scale")]
-
-
-@torch.compiler.assume_constant_result
-def _places(config_key: str, device: torch.device, x_dtype: torch.dtype) -> experts.Places:
-    config = config_from_key(config_key)
-    return experts.places(config, fake_implementation(config, device), DTYPES[x_dtype])
 
 
 @torch.library.impl(LIBRARY, "swiglu_experts_forward", "Autograd")

@@ -184,8 +184,8 @@ def swiglu_experts_forward(
         check_offsets(offs, M)
     outputs, scratch = allocate(plan.outputs, x.device), arena(plan.scratch, x.device)
     x, order = aligned(x.contiguous()), None if order is None else order.contiguous()
-    weights = _unpack(prepared, 3) if prepared else (aligned(w.contiguous()) for w in (w1, w2, w3))
-    experts.forward(plan.experts, plan.config, plan.view, x, *weights, offs.contiguous(), outputs, scratch, order)
+    b1, b2, b3 = _unpack(prepared, 3) if prepared else [aligned(w.contiguous()) for w in (w1, w2, w3)]
+    experts.forward(plan.experts, plan.config, plan.view, x, b1, b2, b3, offs.contiguous(), outputs, scratch, order)
     return outputs["out"], *_named(SAVED, outputs, x)
 
 
