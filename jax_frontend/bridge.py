@@ -170,12 +170,13 @@ def experts_forward(plan: ExpertsPlan, *inputs: jax.Array, save: bool) -> dict[s
 
 class Gradient(NamedTuple):
     """What `experts.gradient` makes: operands of the backward's GEMMs, those that are needed, and their scales, None
-    where there are none."""
+    where there are none; and maps of the tokens, if any."""
 
     d: Any
     d_scale: jax.Array | None
     d_tokens: Any
     d_tokens_scale: jax.Array | None
+    maps: tuple[jax.Array, ...] = ()
 
 
 def experts_gradient(
@@ -188,7 +189,8 @@ def experts_gradient(
     got = _run(_experts_call(plan, "gradient", need_dx, need_dw), offs, dh, gate_up)
     where = experts.places(plan.config, _implementation(plan.config, plan.platform), plan.x_dtype)
     d, d_tokens = got[where.rows] if need_dx else None, got[where.tokens] if need_dw else None
-    return Gradient(d, got.get("d_scale"), d_tokens, got.get("d_tokens_scale"))
+    maps = tuple(got[name] for name in experts.MAPS if name in got)
+    return Gradient(d, got.get("d_scale"), d_tokens, got.get("d_tokens_scale"), maps)
 
 
 def experts_dgrad(
@@ -203,7 +205,7 @@ def experts_dgrad(
     """dx. ``w13_amax``, ``place``: of `experts_forward`."""
     rest = gradient.d_scale, w13_amax, place
     call = _experts_call(plan, "dgrad", *(x is not None for x in rest))
-    return _run(call, gradient.d, w1, w3, offs, *(x for x in rest if x is not None))["dx"]
+    return _run(call, gradient.d, w1, w3, offs, *gradient.maps, *(x for x in rest if x is not None))["dx"]
 
 
 def experts_wgrad(
@@ -212,7 +214,7 @@ def experts_wgrad(
     """``(dw1, dw3)``. ``tokens``: of `experts_forward`."""
     rest = gradient.d_tokens_scale, tokens
     call = _experts_call(plan, "wgrad", *(x is not None for x in rest))
-    got = _run(call, gradient.d_tokens, offs, *(x for x in rest if x is not None), *x_saved)
+    got = _run(call, gradient.d_tokens, offs, *gradient.maps, *(x for x in rest if x is not None), *x_saved)
     return got["dw1"], got["dw3"]
 
 
@@ -233,6 +235,8 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
     if plan.platform == "gpu":
         for local in jax.local_devices(backend="gpu"):
             experts.warm_up(e, config, _torch().device("cuda", local.local_hardware_id))
+
+    maps = [name for name in experts.MAPS if name in experts.gradient_spec(e, config, device).outputs]
 
     if stage == "forward":
 
@@ -256,15 +260,16 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
     if stage == "dgrad":
 
         def dgrad(outputs: Any, scratch: Any, d: Any, w1: Any, w3: Any, offs: Any, *rest: Any) -> None:
-            scale, w13_amax, place = _optional(flags, rest)
-            experts.dgrad(e, config, device, d, scale, (w1, w3), offs, outputs, scratch, w13_amax, place)
+            given, (scale, w13_amax, place) = dict(zip(maps, rest, strict=False)), _optional(flags, rest[len(maps) :])
+            experts.dgrad(e, config, device, d, scale, (w1, w3), offs, outputs, scratch, given, w13_amax, place)
 
         return _Call(experts.dgrad_spec(e, config, device, amax_is_known=flags[1]), dgrad, implementation)
     if stage == "wgrad":
 
         def wgrad(outputs: Any, scratch: Any, d_tokens: Any, offs: Any, *rest: Any) -> None:
+            given, rest = dict(zip(maps, rest, strict=False)), rest[len(maps) :]
             (scale, tokens), saved = _optional(flags, rest), rest[sum(flags) :]
-            experts.wgrad(e, config, device, d_tokens, scale, saved, offs, outputs, scratch, tokens)
+            experts.wgrad(e, config, device, d_tokens, scale, saved, offs, outputs, scratch, given, tokens)
 
         return _Call(experts.wgrad_spec(e, config, device), wgrad, implementation)
 

@@ -51,18 +51,19 @@ class Call:
         self.programs = programs(offs.device.index)
 
     def prepare(self, M: int, *tensors: Tensors) -> None:
-        """The launch before the other stages: of all `tensors` (outputs, scratch) of a call the maps of M tokens, and
-        zeros in the maxima, which are called "...amax"."""
+        """The launch before the other stages, if there is anything to prepare: of all `tensors` (outputs, scratch) of a
+        call the maps of M tokens, and zeros in the maxima, which are called "...amax"."""
         maps = {tile: _map(some, tile) for some in tensors for tile in map_tiles(some)}
         maxima = [some[name] for some in tensors for name in some if name.endswith("amax")]
-        tiles.prepare(self.offs, M, maps, maxima)
+        if maps or maxima:
+            tiles.prepare(self.offs, M, maps, maxima)
 
     def map(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
         return _map(self.scratch, tile)
 
     def gemm_tiles(self, kernel: str, elements: Elements, out: torch.Tensor):
         dtype = str(out.dtype).removeprefix("torch.")
-        return gemm_tiles(kernel, elements, self.problem, self.config, self.device, dtype)
+        return gemm_tiles(kernel, elements, self.problem, self.config, self.device, out.shape[-1], dtype)
 
     def rows_first(self, scale: torch.Tensor | None) -> torch.Tensor | None:
         return scale.mT if self.implementation.warp_specialized and scale is not None else scale

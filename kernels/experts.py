@@ -30,6 +30,7 @@ from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import Call, on_device
 from xmoe.kernels.dispatch import Device, select
 from xmoe.kernels.experts_specs import (
+    MAPS,
     Experts,
     Places,
     dgrad_spec,
@@ -47,7 +48,7 @@ if HAS_TRITON:
     from xmoe.kernels import permute, swiglu
 
 __all__ = [
-    "Experts", "Places", "dgrad", "dgrad_spec", "forward", "forward_outputs", "forward_spec", "gradient",
+    "MAPS", "Experts", "Places", "dgrad", "dgrad_spec", "forward", "forward_outputs", "forward_spec", "gradient",
     "gradient_outputs", "gradient_spec", "places", "prepare_weights", "swiglu_into", "warm_up", "wgrad", "wgrad_spec",
 ]  # fmt: skip
 
@@ -152,7 +153,7 @@ def gradient(
         if where.tokens == "gate_up":
             tensors["d_tokens"] = gate_up
         call = Call(e.joint_problem, config, device, offs, tensors)
-        call.prepare(dh.shape[0], scratch)
+        call.prepare(dh.shape[0], outputs, scratch)
         need_tokens, tiled = need_dw and not saves_input(config), call.implementation.scale_tiles
         if need_dx and need_tokens and not tiled:
             call.rows_and_tokens("d", gate_up, tensors, dh)
@@ -183,6 +184,7 @@ def dgrad(
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
+    maps: Tensors,
     w13_amax: torch.Tensor | None = None,
     place: torch.Tensor | None = None,
 ) -> None:
@@ -191,6 +193,7 @@ def dgrad(
     Args:
         d, d_scale: the rows that `gradient` has left, with their scale if they have one.
         w13: (w1, w3), or both prepared side by side (`prepare_weights`).
+        maps: the MAPS of `gradient`, by name, if it gave them.
         w13_amax, place: the forward's, if it gave them.
     """
     e = experts
@@ -203,7 +206,7 @@ def dgrad(
         return
 
     def run() -> None:
-        call = Call(e.joint_problem, config, device, offs, scratch)
+        call = Call(e.joint_problem, config, device, offs, {**scratch, **maps})
         call.prepare(d.shape[0], scratch)
         data = d
         if places(config, call.implementation, e.x_dtype).rows == "dh":
@@ -216,7 +219,7 @@ def dgrad(
             permute.gather_sum(dx, place, outputs["dx"])
 
     with on_device(offs):
-        replayed(("dgrad", e, config, device), (d, d_scale, w13, w13_amax, offs, place), (outputs, scratch), run)
+        replayed(("dgrad", e, config, device), (d, d_scale, w13, w13_amax, offs, place), (outputs, scratch, maps), run)
 
 
 def wgrad(
@@ -229,6 +232,7 @@ def wgrad(
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
+    maps: Tensors,
     tokens: torch.Tensor | None = None,
 ) -> None:
     """Write the outputs of `wgrad_spec`.
@@ -236,6 +240,7 @@ def wgrad(
     Args:
         d_tokens, d_tokens_scale: the tokens that `gradient` has left, with their scale if they have one.
         x_saved: ``(x,)`` if `saves_input(config)`, else ``(x_tokens, x_tokens_scale)``.
+        maps: the MAPS of `gradient`, by name, if it gave them.
         tokens: the forward's, if it gave one.
     """
     e = experts
@@ -247,7 +252,7 @@ def wgrad(
         return
 
     def run() -> None:
-        call = Call(e.joint_problem, config, device, offs, scratch)
+        call = Call(e.joint_problem, config, device, offs, {**scratch, **maps})
         call.prepare(e.M, scratch)
         if saves_input(config):
             x = x_saved[0]
@@ -264,7 +269,10 @@ def wgrad(
 
     with on_device(offs):
         replayed(
-            ("wgrad", e, config, device), (d_tokens, d_tokens_scale, x_saved, offs, tokens), (outputs, scratch), run
+            ("wgrad", e, config, device),
+            (d_tokens, d_tokens_scale, x_saved, offs, tokens),
+            (outputs, scratch, maps),
+            run,
         )
 
 
@@ -328,12 +336,28 @@ def warm_up(experts: Experts, config: GroupedMMConfig, device: torch.device) -> 
     for needs in ((True, False), (False, True), (True, True)):
         d, scratch = tensors(gradient_spec, *needs)
         gradient(e, config, view, h, outputs["gate_up"], offs, *needs, d, scratch)
+    maps = {name: d.pop(name) for name in MAPS if name in d}
     d |= {"dh": h, "gate_up": outputs["gate_up"]}
     grads, scratch = tensors(dgrad_spec)
-    dgrad(e, config, view, d[where.rows], d.get("d_scale"), (w1, w1), offs, grads, scratch, None, outputs.get("place"))
+    dgrad(
+        e,
+        config,
+        view,
+        d[where.rows],
+        d.get("d_scale"),
+        (w1, w1),
+        offs,
+        grads,
+        scratch,
+        maps,
+        None,
+        outputs.get("place"),
+    )
     saved = (x,) if saves_input(config) else (outputs["x_tokens"], outputs["x_tokens_scale"])
     dw, scratch = tensors(wgrad_spec)
-    wgrad(e, config, view, d[where.tokens], d.get("d_tokens_scale"), saved, offs, dw, scratch, outputs.get("tokens"))
+    wgrad(
+        e, config, view, d[where.tokens], d.get("d_tokens_scale"), saved, offs, dw, scratch, maps, outputs.get("tokens")
+    )
     torch.cuda.synchronize(device)
 
 

@@ -139,13 +139,24 @@ def forward_spec(
     return spec
 
 
+MAPS = f"tiles_{TOKEN_TILE}", f"groups_{TOKEN_TILE}"
+
+
+def gives_maps(config: GroupedMMConfig, impl: Implementation) -> bool:
+    """Whether `gradient` quantizes anything."""
+    return impl.gemm != "emulated" and config.format != "bf16"
+
+
 def gradient_outputs(
     e: Experts, config: GroupedMMConfig, impl: Implementation, need_dx: bool = True, need_dw: bool = True
 ) -> dict[str, TensorSpec]:
     """Those that are needed and not in place (`places`): ``d`` [M, 2H] and ``d_scale``, ``d_tokens`` and
     ``d_tokens_scale``, operands of the grouped GEMMs with [dg | du]. Tokens that are multiplied straight are bf16
-    [M, 2H]; scales in tiles, [2, ...], are of either half, which may end inside one."""
+    [M, 2H]; scales in tiles, [2, ...], are of either half, which may end inside one. And the MAPS that quantizing took,
+    for `dgrad` and `wgrad`."""
     p, where, specs = e.joint_problem, places(config, impl, e.x_dtype), {}
+    if gives_maps(config, impl):
+        specs |= token_map(TOKEN_TILE, p)
     if need_dx and where.rows != "gate_up":
         specs |= rows_spec("d", 2 * e.H, e.x_dtype, p, config, impl)
         if where.rows != "d":
@@ -167,10 +178,8 @@ def gradient_spec(
     """Outputs: `gradient_outputs`."""
     e, impl = experts, select(config, device)
     spec = Spec(gradient_outputs(e, config, impl, need_dx, need_dw))
-    if impl.gemm != "emulated" and config.format != "bf16":
-        spec.scratch.update(token_map(TOKEN_TILE, e.joint_problem))
-        if "d_tokens" in spec.outputs:
-            spec.scratch.update(maxima_spec("d_tokens", 2 * e.H, e.joint_problem, config))
+    if "d_tokens" in spec.outputs:
+        spec.scratch.update(maxima_spec("d_tokens", 2 * e.H, e.joint_problem, config))
     return spec
 
 
@@ -189,7 +198,7 @@ def dgrad_spec(
     if config.format == "bf16":
         spec.scratch["b"] = TensorSpec((e.G, 2 * e.H, e.D), "bfloat16")
         return spec
-    for name in ("d", "d_scale"):
+    for name in ("d", "d_scale", *MAPS):
         spec.scratch.pop(name, None)
     return spec
 
@@ -200,7 +209,10 @@ def wgrad_spec(experts: Experts, config: GroupedMMConfig, device: Device) -> Spe
     e = experts
     outputs = {name: TensorSpec((e.G, e.H, e.D), e.w_dtype) for name in ("dw1", "dw3")}
     scratch = backward_spec(e.input_problem, config, device, False, True).scratch
-    spec = Spec(outputs, {name: s for name, s in scratch.items() if not name.startswith("d_tokens")})
+    given = MAPS if gives_maps(config, select(config, device)) else ()
+    spec = Spec(
+        outputs, {name: s for name, s in scratch.items() if not name.startswith("d_tokens") and name not in given}
+    )
     if e.k and saves_input(config) and select(config, device).gemm != "emulated":
         spec.scratch["x_rows"] = TensorSpec((e.M, e.D), e.x_dtype)
     return spec

@@ -158,21 +158,22 @@ def row_schedule(
     """(warps, programs a multiprocessor, stages: rows on their way from memory) of `_rows_fp8`.
 
     With column maxima on an H200, in us: eight warps a multiprocessor [128000, 5120] 486 (twelve: 520), [128000, 8192]
-    782 (sixteen: 799), [131072, 2048] 206 (220), weights [8, 8192, 5120] 257 (280), [128, 768, 2048] 155 (171). Gated
-    [131072, 8192]: 8 warps, 2 programs, 1 stage 1944 (3 stages 2050, 16 warps 2243), [131072, 2048] 4, 4, 3 524
-    (2, 6, 2: 574). Gradients of [131072, 2 x 8192] 16, 1, 4 3374 (1 stage 4541), of [131072, 2 x 2048] 8, 2, 3 879
-    (1 stage 1040; 4, 4, 1 897).
+    782 (sixteen: 799), [131072, 2048] 206 (220), weights [8, 8192, 5120] 257 (280), [128, 768, 2048] 155 (171).
+
+    Gated [131072, 8192] 8, 2, 1: 1944 (three stages 2050, sixteen warps 2243); with 2, 8, 1 [131072, 2048] 505 (4, 4,
+    3: 510), [131072, 1408] 356 (1, 12, 2: 501), [131072, 768] 230 (216), [8192, 512] 15 (19).
+
+    Gradients of [131072, 2 x 8192] 16, 1, 4: 3374 (one stage 4541), of [131072, 2 x 2048] 8, 2, 3: 879 (one stage 1040;
+    4, 4, 1: 897).
     """
     elements, row_bytes = sum(pieces), sum(pieces) * element_size
     if gradient:
         return (16, 1, 4) if elements > 4096 else (8, 2, 3) if elements > 1024 else (4, 4, 3)
-    warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
-    if gated and elements > 1280:
-        return (
-            (16, 1, 3 if element_size == 2 else 1) if elements > 8192 else (8, 2, 1) if elements > 4096 else (4, 4, 3)
-        )
     if gated:
-        return warps, 12 // warps, 2
+        if elements > 8192:
+            return 16, 1, 3 if element_size == 2 else 1
+        return (8, 2, 1) if elements > 4096 else (4, 4, 3) if elements > 2048 else (2, 8, 1)
+    warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
     stages = 4 if row_bytes < 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory
     return warps, 8 // warps, stages
 

@@ -223,7 +223,8 @@ def forward_spec(
         spec.scratch.update(weights_spec(p.N, p.K, p, config, impl))
     if "b_amax" in spec.outputs:
         spec.scratch.pop("b_amax")  # for weights that lie the other way round
-    spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.out_dtype).rows, p))
+    tuned = gemm_tiles("grouped_mm", impl.elements, p, config, device, p.N, p.out_dtype)
+    spec.scratch.update(token_map(tuned.rows, p))
     return spec
 
 
@@ -253,7 +254,8 @@ def backward_spec(
             spec.scratch.update(weights_spec(p.K, p.N, p, config, impl))
         if amax_is_known:
             spec.scratch.pop("b_amax", None)
-        spec.scratch.update(token_map(gemm_tiles("grouped_mm", impl.elements, p, config, device, p.a_dtype).rows, p))
+        tuned = gemm_tiles("grouped_mm", impl.elements, p, config, device, p.K, p.a_dtype)
+        spec.scratch.update(token_map(tuned.rows, p))
     if need_dB:
         spec.scratch.update(token_map(TOKEN_TILE, p))
         if saves_input(config):
@@ -270,11 +272,14 @@ def backward_spec(
     return spec
 
 
-def gemm_tiles(kernel: str, elements: Elements, p: Problem, config: GroupedMMConfig, device: Device, out: str):
+def gemm_tiles(
+    kernel: str, elements: Elements, p: Problem, config: GroupedMMConfig, device: Device, columns: int, out: str
+):
+    """Of an output with so many columns, of dtype `out`."""
     assert device.capability is not None, f"Triton GEMMs need a compute capability, got {device}"
     precise = config.accumulation is Accumulation.PRECISE and elements != "blockwise"  # which is so at any rate
     heavy = out == "float32" or precise
-    return tuning.lookup(kernel, elements, device.capability, p.M, p.G, heavy)
+    return tuning.lookup(kernel, elements, device.capability, p.M, p.G, columns, heavy)
 
 
 def allocate(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, torch.Tensor]:

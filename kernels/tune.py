@@ -27,8 +27,10 @@ CLASSES = {
     "many": ("llama4_g8", "deepseek_v3_g8"),
     "few": ("llama4_g16", "deepseek_v3_g32", "qwen3_30b_a3b"),
     "heavy": ("llama4_g8", "deepseek_v3_g8"),
+    "half": ("deepseek_v3_g8", "deepseek_v2_lite"),
 }
-"""Shapes that stand for a class; "few" takes them with 128 tokens a group."""
+"""Shapes that stand for a class; "few" takes them with 128 tokens a group, "half" with 512."""
+TOKENS = {"few": 128, "half": 512}
 
 ELEMENT_BYTES = {"fp8": 1, "blockwise": 1, "mx": 1, "bf16": 2}
 
@@ -40,13 +42,13 @@ def candidates(element: str, warp_specialized: bool) -> Iterator[GemmTiles]:
         for rows, stages, band, parts in itertools.product((256, 128), (3, 4, 5), (4, 8, 16), (1, 2)):
             yield GemmTiles(rows, FP8_BLOCK, depth, 8, stages, band, parts)
         return
-    for (rows, cols), stages, band in itertools.product(
-        [(128, 256), (256, 128), (128, 128), (64, 256), (64, 128)], (3, 4), (4, 8, 16)
+    for (rows, cols, warps), stages, band in itertools.product(
+        [(128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 8), (64, 128, 4)], (3, 4, 5), (4, 8, 16)
     ):
         if element == "mx" and (rows != SCALE_TILE_ROWS or cols % SCALE_TILE_ROWS):
             continue
         for parts in (1, 2) if cols == 256 else (1,):
-            yield GemmTiles(rows, cols, depth, 4 if rows * cols <= 8192 else 8, stages, band, parts)
+            yield GemmTiles(rows, cols, depth, warps, stages, band, parts)
 
 
 def problem(kernel: str, element: str, shape: Shape, out_dtype: torch.dtype) -> Callable[[GemmTiles], None]:
@@ -114,8 +116,8 @@ def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
     warp_specialized = element == "blockwise" and has_warp_specialized(torch.cuda.get_device_capability())
     for name in CLASSES[shape_class]:
         shape = ALL[name]
-        if shape_class == "few":
-            shape = shape._replace(M=128 * shape.G)
+        if shape_class in TOKENS:
+            shape = shape._replace(M=TOKENS[shape_class] * shape.G)
         launch = problem(kernel, element, shape, torch.float32 if shape_class == "heavy" else torch.bfloat16)
         for t in candidates(element, warp_specialized):
             two_accumulators = element == "blockwise" or (shape_class == "heavy" and element == "fp8")
@@ -123,6 +125,8 @@ def best(kernel: str, element: str, shape_class: str) -> GemmTiles:
                 continue  # these would spill
             if element == "blockwise" and kernel == "grouped_mm" and t.cols > FP8_BLOCK:
                 continue  # a tile's columns share one block of weights
+            if shape_class == "half" and t.rows * t.cols != 128 * 128:
+                continue
             try:
                 timed = do_bench(lambda t=t, launch=launch: launch(t), warmup=10, rep=40, return_mode="median")
                 ms = cast(float, timed)
@@ -175,6 +179,8 @@ def main() -> None:
     for kernel in args.kernels.split(","):
         for element in args.elements.split(",") if args.elements else own[kernel]:
             for shape_class in args.classes.split(","):
+                if shape_class == "half" and (kernel != "grouped_mm" or element not in ("fp8", "bf16")):
+                    continue  # elsewhere tiles are no larger, or their number does not matter
                 found[kernel, element, shape_class] = best(kernel, element, shape_class)
     write(capability, found)
     print(f"wrote {len(found)} lines to {tuning.TABLE}")

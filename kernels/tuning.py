@@ -1,5 +1,6 @@
 """Tile shapes of the GEMM kernels: read from tuning.toml, which `python -m xmoe.kernels.tune` measures and writes."""
 
+import math
 import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,10 @@ TABLE = Path(__file__).with_name("tuning.toml")
 
 FEW_TOKENS = 256
 """Tokens a group below which a problem is of the class "few"."""
+MULTIPROCESSORS = 132
+"""Of the GPUs whose table has lines of the class "half"."""
+HALF_TIME = 0.53
+"""Of a tile of "half", in tiles of "many", on an H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +64,29 @@ def is_tuned(capability: tuple[int, int]) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def lookup(kernel: str, element: str, capability: tuple[int, int], M: int, G: int, heavy: bool = False) -> GemmTiles:
+def lookup(
+    kernel: str, element: str, capability: tuple[int, int], M: int, G: int, P: int, heavy: bool = False
+) -> GemmTiles:
     """Tiles for a kernel and a problem.
 
     Args:
         kernel: "grouped_mm" or "grouped_mm_tokens".
         element: "fp8", "blockwise", "mx" or "bf16".
         M, G: tokens and groups.
+        P: columns of the output.
         heavy: float32 output or (not "blockwise") precise accumulation: twice the shared memory or registers.
     """
     classes = table()[arch(capability)][kernel][element]
     if heavy:
         return classes["heavy"]
-    return classes.get("few" if M < FEW_TOKENS * G else "many") or classes["many"]
+    many, half = classes["many"], classes.get("half")
+    if M < FEW_TOKENS * G:
+        return classes.get("few", many)
+    if half is not None and _waves(half, M, G, P) * HALF_TIME < _waves(many, M, G, P):
+        return half
+    return many
+
+
+def _waves(t: GemmTiles, M: int, G: int, P: int) -> int:
+    """How many tiles a multiprocessor gets, of groups that end anywhere in a tile."""
+    return math.ceil((M / t.rows + G / 2) * math.ceil(P / t.cols) / MULTIPROCESSORS)

@@ -213,15 +213,16 @@ class _SwigluExperts(torch.autograd.Function):
             where = _places(key, gate_up.device, x_dtype)
             d, d_scale = left[where.rows], left["d_scale"]
             d_tokens, d_tokens_scale = left[where.tokens], left["d_tokens_scale"]
+            maps = [left[name] for name in experts.MAPS]
             del dh, gate_up, args, left
             if need_dx:
-                args = d, d_scale, w1, w3, offs, key, x_dtype, k, place, of_w13, ctx.w13_amax
+                args = d, d_scale, w1, w3, offs, key, x_dtype, maps, k, place, of_w13, ctx.w13_amax
                 dx = direct(_dgrad_op, swiglu_experts_dgrad, *args)
                 del args
             del d, d_scale
             if need_dw13:
                 x_saved = [x] if ctx.takes_input else _operand(saved, "x_tokens")
-                args = d_tokens, d_tokens_scale, x_saved, w1, offs, key, x_dtype, M, tokens
+                args = d_tokens, d_tokens_scale, x_saved, w1, offs, key, x_dtype, maps, M, tokens
                 dw1, dw3 = direct(_wgrad_op, swiglu_experts_wgrad, *args)
         return (
             dx if need_dx else None, dw1 if need_dw1 else None, dw2.mT if need_dw2 else None, dw3 if need_dw3 else None,

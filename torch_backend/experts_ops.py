@@ -130,7 +130,7 @@ _SPECS: dict[str, Any] = {
 SAVED = (
     "gate_up", "x_tokens", "x_tokens_scale", "h_tokens", "h_tokens_scale", "w13_amax", "w2_amax", "place", "tokens",
 )  # fmt: skip
-GRADIENT = ("d", "d_scale", "d_tokens", "d_tokens_scale")
+GRADIENT = "d", "d_scale", "d_tokens", "d_tokens_scale", *experts.MAPS
 
 LIBRARY.define(
     "swiglu_experts_forward(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor offs, str config_key, bool save, "
@@ -140,17 +140,18 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "swiglu_experts_gradient(Tensor(a!) dh, Tensor(b!) gate_up, Tensor w1, Tensor offs, str config_key, "
-    "bool need_dx, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool need_dx, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "swiglu_experts_dgrad(Tensor d, Tensor d_scale, Tensor w1, Tensor w3, Tensor offs, str config_key, "
-    "ScalarType x_dtype, SymInt k=0, Tensor? place=None, Tensor[]? prepared=None, Tensor? w13_amax=None) -> Tensor",
+    "ScalarType x_dtype, Tensor[] maps, SymInt k=0, Tensor? place=None, Tensor[]? prepared=None, "
+    "Tensor? w13_amax=None) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     "swiglu_experts_wgrad(Tensor d_tokens, Tensor d_tokens_scale, Tensor[] x_saved, Tensor w1, Tensor offs, "
-    "str config_key, ScalarType x_dtype, SymInt M, Tensor? tokens=None) -> (Tensor, Tensor)",
+    "str config_key, ScalarType x_dtype, Tensor[] maps, SymInt M, Tensor? tokens=None) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define("swiglu(Tensor gate_up) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -224,10 +225,9 @@ def _(
 @torch._disable_dynamo
 def swiglu_experts_gradient(
     dh: Tensor, gate_up: Tensor, w1: Tensor, offs: Tensor, config_key: str, need_dx: bool, need_dw: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(d, d_scale, d_tokens, d_tokens_scale)`` (``experts.gradient_outputs``); empty [0] those that are not needed or
-    not there. The others are in place of dh [M, H] or gate_up [M, 2H] (``experts.places``), both contiguous, which may
-    become anything."""
+) -> tuple[Tensor, ...]:
+    """The GRADIENT tensors (``experts.gradient_outputs``); empty [0] those that are not needed or not there. The others
+    are in place of dh [M, H] or gate_up [M, 2H] (``experts.places``), both contiguous, which may become anything."""
     assert dh.is_contiguous(), f"dh has strides {dh.stride()}: its memory is used again"
     assert gate_up.is_contiguous(), f"gate_up has strides {gate_up.stride()}: its memory is used again"
     needs = need_dx, need_dw
@@ -237,10 +237,15 @@ def swiglu_experts_gradient(
     return _named(GRADIENT, outputs, dh)
 
 
+def _maps(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By name, those that are there."""
+    return {name: x for name, x in zip(experts.MAPS, tensors, strict=True) if x.numel()}
+
+
 @torch.library.register_fake("xmoe::swiglu_experts_gradient", lib=LIBRARY)
 def _(
     dh: Tensor, gate_up: Tensor, w1: Tensor, offs: Tensor, config_key: str, need_dx: bool, need_dw: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     config = config_from_key(config_key)
     e = experts_of(dh.shape[0], w1.shape, dh.dtype, w1.dtype, config)
     specs = experts.gradient_outputs(e, config, fake_implementation(config, dh.device), need_dx, need_dw)
@@ -257,6 +262,7 @@ def swiglu_experts_dgrad(
     offs: Tensor,
     config_key: str,
     x_dtype: torch.dtype,
+    maps: Sequence[Tensor],
     k: int = 0,
     place: Tensor | None = None,
     prepared: Sequence[Tensor] | None = None,
@@ -269,15 +275,15 @@ def swiglu_experts_dgrad(
     outputs, scratch = allocate(plan.outputs, d.device), arena(plan.scratch, d.device)
     w13 = unpack(prepared) if prepared else [aligned(w.contiguous()) for w in (w1, w3)]
     scale = d_scale if d_scale.numel() else None
-    rest = offs.contiguous(), outputs, scratch, w13_amax, place
+    rest = offs.contiguous(), outputs, scratch, _maps(maps), w13_amax, place
     experts.dgrad(plan.experts, plan.config, plan.view, d, scale, w13, *rest)
     return outputs["dx"]
 
 
 @torch.library.register_fake("xmoe::swiglu_experts_dgrad", lib=LIBRARY)
 def _(
-    d: Tensor, d_scale: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, x_dtype: torch.dtype, k: int = 0,
-    *_: Any,
+    d: Tensor, d_scale: Tensor, w1: Tensor, w3: Tensor, offs: Tensor, config_key: str, x_dtype: torch.dtype,
+    maps: Sequence[Tensor], k: int = 0, *_: Any,
 ) -> Tensor:  # fmt: skip
     return d.new_empty(d.shape[0] // max(k, 1), w1.shape[2], dtype=x_dtype)
 
@@ -292,6 +298,7 @@ def swiglu_experts_wgrad(
     offs: Tensor,
     config_key: str,
     x_dtype: torch.dtype,
+    maps: Sequence[Tensor],
     M: int,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -304,7 +311,7 @@ def swiglu_experts_wgrad(
     if pipeline.saves_input(plan.config):
         saved = tuple(aligned(x.contiguous()) for x in saved)
     scale = d_tokens_scale if d_tokens_scale.numel() else None
-    rest = offs.contiguous(), outputs, scratch, tokens
+    rest = offs.contiguous(), outputs, scratch, _maps(maps), tokens
     experts.wgrad(plan.experts, plan.config, plan.view, d_tokens, scale, saved, *rest)
     return outputs["dw1"], outputs["dw3"]
 

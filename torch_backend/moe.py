@@ -145,7 +145,9 @@ class MoE(nn.Module):
         """x [..., D] → (y like x, load-balance loss [] float32)."""
         tokens = x.reshape(-1, x.shape[-1])
         scores, experts, counts, loss = self.router(tokens)
-        order = torch.argsort(experts.flatten(), stable=True)  # slots, by expert
+        # Slots, by expert. A radix sort takes a pass a byte.
+        narrow = torch.uint8 if counts.shape[0] <= 256 else torch.int32
+        order = torch.argsort(experts.flatten().to(narrow), stable=True)
         routed = self.experts(tokens, counts.cumsum(0, dtype=torch.int32), order)
         y = combine(routed, scores, order, x.dtype)
         if self.shared is not None:

@@ -83,12 +83,13 @@ def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
     left, scratch = tensors(experts.gradient_spec(e, config, view))
     experts.gradient(e, config, view, h, outputs["gate_up"], offs, True, True, left, scratch)
     left |= {"dh": h, "gate_up": outputs["gate_up"]}
+    maps = {name: left[name] for name in experts.MAPS if name in left}
     dx, scratch = tensors(experts.dgrad_spec(e, config, view, amax_is_known=w13_amax is not None))
     d, weights = (left[where.rows], left.get("d_scale")), (w1, w1)
-    experts.dgrad(e, config, view, *d, weights, offs, dx, scratch, w13_amax, outputs.get("place"))
+    experts.dgrad(e, config, view, *d, weights, offs, dx, scratch, maps, w13_amax, outputs.get("place"))
     dw, scratch = tensors(experts.wgrad_spec(e, config, view))
     d = left[where.tokens], left.get("d_tokens_scale")
-    experts.wgrad(e, config, view, *d, x_saved, offs, dw, scratch, outputs.get("tokens"))
+    experts.wgrad(e, config, view, *d, x_saved, offs, dw, scratch, maps, outputs.get("tokens"))
 
 
 jit.JITFunction.run = record

@@ -151,12 +151,13 @@ def swiglu_experts(config: Any, view: Device, dtypes: tuple[str, str, str], _: s
     where = experts.places(config, select(config, view), e.x_dtype)
     rows = (left | given)[where.rows], left.get("d_scale")
     tokens = (left | given)[where.tokens], left.get("d_tokens_scale")
+    maps = {name: left[name] for name in experts.MAPS if name in left}
     saved = (x,) if pipeline.saves_input(config) else (out["x_tokens"], out["x_tokens_scale"])
     return (
         lambda: experts.forward(e, config, view, x, w1, w2, w3, offs, out, scratch[0]),
         lambda: experts.gradient(e, config, view, *given.values(), offs, True, True, left, scratch[1]),
-        lambda: experts.dgrad(e, config, view, *rows, w13, offs, dx, scratch[2], out.get("w13_amax")),
-        lambda: experts.wgrad(e, config, view, *tokens, saved, offs, dw, scratch[3]),
+        lambda: experts.dgrad(e, config, view, *rows, w13, offs, dx, scratch[2], maps, out.get("w13_amax")),
+        lambda: experts.wgrad(e, config, view, *tokens, saved, offs, dw, scratch[3], maps),
     )
 
 

@@ -78,16 +78,19 @@ class Run:
             left, scratch = self._tensors(experts.gradient_spec(e, config, device, *needs))
             experts.gradient(e, config, device, *tensors.values(), offs, *needs, left, scratch)
             tensors |= left
+            maps = {name: left[name] for name in experts.MAPS if name in left}
             del left, scratch
             if needs[0]:
                 dx, scratch = self._tensors(experts.dgrad_spec(e, config, device, amax_is_known=of_w13 is not None))
                 d = tensors[self.places.rows], tensors.get("d_scale")
-                experts.dgrad(e, config, device, *d, (self.w1, self.w3), offs, dx, scratch, of_w13, out.get("place"))
+                experts.dgrad(
+                    e, config, device, *d, (self.w1, self.w3), offs, dx, scratch, maps, of_w13, out.get("place")
+                )
                 got |= {f"dx, needs {needs}": dx["dx"]}
             if needs[1]:
                 dw, scratch = self._tensors(experts.wgrad_spec(e, config, device))
                 d = tensors[self.places.tokens], tensors.get("d_tokens_scale")
-                experts.wgrad(e, config, device, *d, saved, offs, dw, scratch, out.get("tokens"))
+                experts.wgrad(e, config, device, *d, saved, offs, dw, scratch, maps, out.get("tokens"))
                 got |= {f"{name}, needs {needs}": dw[name] for name in dw}
         got["d_gate_up"] = self.swiglu_gradient(grads["dA"], out["gate_up"])
         return got

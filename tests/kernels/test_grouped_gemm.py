@@ -9,8 +9,8 @@ import torch
 
 from tests.kernels.backends import arrays
 from tests.kernels.test_quantize import token_map
-from xmoe import oracle
-from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, tuning
+from xmoe import config_from_recipe, oracle
+from xmoe.kernels import grouped_gemm, grouped_gemm_hopper, specs, stages, tuning
 from xmoe.kernels.dispatch import has_warp_specialized
 from xmoe.kernels.emulation import to_scale_tiles
 from xmoe.kernels.tuning import GemmTiles
@@ -42,7 +42,7 @@ def tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def tiles_for(backend, kernel: str, elements: str, M: int, G: int, heavy: bool = True) -> GemmTiles:
     if not backend.hardware:
         return BLOCKWISE if elements == "blockwise" else SMALL
-    return tuning.lookup(kernel, elements, torch.cuda.get_device_capability(), M, G, heavy)
+    return tuning.lookup(kernel, elements, torch.cuda.get_device_capability(), M, G, 256, heavy)
 
 
 def blockwise_gemms(backend):
@@ -170,7 +170,7 @@ def test_warp_specialized(M, ends, shape_class, out_dtype):
         poison = torch.full((M, 2 * N), float("nan"), dtype=out_dtype, device=device)
         want, out = poison[:, :N].clone(), poison[:, N:]
         grouped_gemm.grouped_mm(*a, *b, *token_map(offs, M, 128), want, triton_tiles, programs, blockwise=True)
-        tuned = tuning.lookup("grouped_mm", "blockwise", (9, 0), 10**6 * (shape_class == "many"), G)
+        tuned = tuning.lookup("grouped_mm", "blockwise", (9, 0), 10**6 * (shape_class == "many"), G, N)
         if out_dtype is torch.float32:
             tuned = dataclasses.replace(tuned, stages=3)
         grouped_gemm_hopper.grouped_mm(a[0], a_scale, *b, *token_map(offs, M, tuned.rows), out, tuned, programs)
@@ -257,3 +257,37 @@ def test_native_mx(backend, M, ends, fmt):
     operands = [f(tensor(x, device)) for op in (a, d) for f, x in ((torch.clone, op.data), (to_scale_tiles, op.scale))]
     grouped_gemm.grouped_mm_tokens(*operands, token_map(offs, M, TOKEN_TILE)[1], out, tuned, 5)
     close(out, oracle.grouped_mm_tokens(a, d, ends))
+
+
+def test_tiles_by_the_waves_that_they_take():
+    """Half as large where the last of a few waves would be nearly empty; never for many tokens of a wide output."""
+    classes = tuning.table()["sm90"]["grouped_mm"]["fp8"]
+    for M, G, P, name in (
+        (8192, 16, 512, "half"),  # 144 tiles, two waves; 288 small ones, three
+        (4096, 8, 2048, "half"),
+        (4096, 8, 7168, "many"),
+        (128000, 8, 8192, "many"),
+        (131072, 128, 768, "many"),
+        (16384, 128, 768, "few"),
+    ):
+        assert tuning.lookup("grouped_mm", "fp8", (9, 0), M, G, P) == classes[name], (M, G, P)
+    assert tuning.lookup("grouped_mm", "fp8", (9, 0), 8192, 16, 512, heavy=True) == classes["heavy"]
+    assert "half" not in tuning.table()["sm90"]["grouped_mm"]["blockwise"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
+def test_tiles_of_every_class_give_the_same_bits(recipe, monkeypatch):
+    config, M, N, K, G = config_from_recipe(recipe), 1000, 384, 512, 5
+    A, B = normal(M, K).bfloat16().cuda(), normal(G, N, K).bfloat16().cuda().mT
+    offs = torch.tensor([300, 300, 301, 700, 1000], dtype=torch.int32, device="cuda")
+    outs = []
+    for tiles in tuning.table()["sm90"]["grouped_mm"]["fp8" if recipe == "fp8_rowwise" else "bf16"].values():
+        monkeypatch.setattr(tuning, "lookup", lambda *_, tiles=tiles: tiles)
+        specs.forward_spec.cache_clear()
+        gemm = stages.prepared_gemm(config, A, B, offs)
+        gemm.launch()
+        outs.append(gemm.out)
+    specs.forward_spec.cache_clear()
+    assert len(outs) > 3
+    assert all(torch.equal(out, outs[0]) for out in outs)

@@ -231,11 +231,11 @@ def test_opcheck(recipe: str) -> None:
     torch.library.opcheck(ops.swiglu_experts_gradient.default, args, test_utils=schema)
     empty, dtype = x.new_empty(0), x.dtype
     torch.library.opcheck(
-        ops.swiglu_experts_dgrad.default, (gate_up, empty, w1, w3, offs, key, dtype), test_utils=schema
+        ops.swiglu_experts_dgrad.default, (gate_up, empty, w1, w3, offs, key, dtype, [empty, empty]), test_utils=schema
     )
     saved = [x] if recipe == "bf16" else tokens[:2]
     wgrad = ops.swiglu_experts_wgrad.default
-    torch.library.opcheck(wgrad, (gate_up, empty, saved, w1, offs, key, dtype, M), test_utils=both)
+    torch.library.opcheck(wgrad, (gate_up, empty, saved, w1, offs, key, dtype, [empty, empty], M), test_utils=both)
     torch.library.opcheck(ops.swiglu.default, (gate_up,), test_utils=schema)
 
 
