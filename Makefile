@@ -38,7 +38,8 @@ test-gpu: $(DEV_READY) ## the tests that need a GPU
 # Every access is checked, which is slow, so it gets few tests: all recipes on uneven groups, bad offsets, no tokens.
 sanitize: $(DEV_READY) ## compute-sanitizer (CUDA toolkit) looks for bad memory accesses of the kernels, on a GPU
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
-		$(PY) -m pytest --timeout 1800 -m gpu tests/kernels/test_pipeline.py -k "test_recipes and uneven or bad_offsets or no_tokens" $(ARGS)
+		$(PY) -m pytest --timeout 1800 -m gpu tests/kernels/test_pipeline.py tests/kernels/test_experts.py \
+		-k "test_recipes and uneven or bad_offsets or no_tokens or router and 2" $(ARGS)
 
 lint: $(DEV_READY) ## ruff: rules and format
 	$(PY) -m ruff check
