@@ -15,21 +15,31 @@ def permute_tokens(x: jax.Array, order: jax.Array) -> jax.Array:
     gathers too, where that of indexing would add rows up in any order.
 
     Raises:
-        ValueError: M is no multiple of T.
+        ValueError: a shape that does not fit: M is a multiple of T.
     """
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}; give the tokens, [T, D]")
     return _take(slots_of_token(x, order), x, order, jnp.argsort(order))
 
 
 def combine(x: jax.Array, scores: jax.Array, order: jax.Array) -> jax.Array:
     """[T, D] float32: the sum over j of scores[t, j] times the row of x [M, D] that is slot t * k + j; ``scores`` is
-    float32 [T, k], ``order`` as in `permute_tokens`."""
+    float32 [T, k], ``order`` as in `permute_tokens`.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    if x.ndim != 2 or scores.ndim != 2 or scores.size != x.shape[0]:
+        raise ValueError(f"x has shape {x.shape} and scores {scores.shape}; give [T * k, D] and [T, k]")
+    if order.shape != x.shape[:1]:
+        raise ValueError(f"order has shape {order.shape}; give the slot of each row of x, {x.shape[:1]}")
     rows = _take(1, x, jnp.argsort(order), order).reshape(*scores.shape, x.shape[-1])
     return (rows.astype(jnp.float32) * scores[..., None]).sum(axis=1)
 
 
 def slots_of_token(x: jax.Array, order: jax.Array) -> int:
     """k. Raises ValueError if the M slots of ``order`` are not as many for each of the T tokens of x."""
-    (T, *_), (M, *_) = x.shape, order.shape
+    T, M = x.shape[0], order.size
     if order.ndim != 1 or (M < T or M % T if T else M):
         raise ValueError(f"order has shape {order.shape} and x T={T} tokens; give [T * k], k slots for each token")
     if not jnp.issubdtype(order.dtype, jnp.integer):

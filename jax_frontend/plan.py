@@ -170,7 +170,8 @@ def make_experts_plan(
     out_dtype = dtype_name(config.out_dtype or x_dtype, "config.out_dtype", DTYPES)
     where = platform()
     engine = _engine(config, implementation, where)
-    M, k = (x.shape[0], 0) if order is None else (order.shape[0], slots_of_token(x, order))
+    k = 0 if order is None else slots_of_token(x, order)
+    M = k * x.shape[0] if k else x.shape[0]
     return ExpertsPlan(M, D, H, G, x_dtype, w_dtype, out_dtype, config, engine, where, k)
 
 

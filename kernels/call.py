@@ -69,16 +69,18 @@ class Call:
         return scale.mT if self.implementation.warp_specialized and scale is not None else scale
 
     def rows(
-        self, name: str, x: torch.Tensor, dh: torch.Tensor | None = None
+        self, name: str, x: torch.Tensor, dh: torch.Tensor | None = None, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The operand of x's rows; of those of its SwiGLU where x is `gated`. With dh [M, C/2], of those of x's
-        gradient, given that of its SwiGLU; it takes the place of x."""
+        gradient, given that of its SwiGLU; it takes the place of x for certain if that is `kept`."""
         if self.config.format == "bf16":
             return self.cast(name, x), None
         data, scale = self._rows(name)
         dh = self._gradient(x, dh)
         map = self.map(TOKEN_TILE) if self.implementation.scale_tiles else None
-        quantize.quantize_rows(x, self.config.format, data, scale, self.programs, map=map, dh=dh, **self.source)
+        quantize.quantize_rows(
+            x, self.config.format, data, scale, self.programs, map=map, dh=dh, kept=kept, **self.source
+        )
         return data, scale
 
     def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -155,7 +157,8 @@ class Call:
             return self.rows(name, x, dh), False
         data, scale = self._rows(name)
         dh = self._gradient(x, dh)
-        columns, kept = (amax, self.map(TOKEN_TILE)[1]), self.scratch.get("kept")
+        columns, kept = (amax, self.map(TOKEN_TILE)[1]), None if dh is None else x
+        kept = self.scratch.get("kept") if self.gated else kept
         known = quantize.quantize_rows(
             x, self.config.format, data, scale, self.programs, columns, dh=dh, kept=kept, **self.source
         )

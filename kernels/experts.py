@@ -12,7 +12,8 @@ What three separate grouped GEMMs cannot have:
   sum in float32. So an MX format asks for H % 32 == 0 and fp8_blockwise for H % 128 == 0 (`whole_blocks`);
 - x may come unsorted, T tokens for M = T k rows: the quantizers read it through the permutation (`permute.py`), and
   the gradients of a token's k rows are added up in the end;
-- the gradients of g and u are quantized as they are found, and are not kept in bf16 where no GEMM reads that.
+- the gradients of g and u are quantized as they are found, and kept in bf16 only for a GEMM in bf16 and for the second
+  pass of `fp8_rowwise`, over the tokens.
 
 A step is `forward`, `pipeline.backward` of w2 (`Experts.output_problem`), `gradient`, `dgrad` and `wgrad`: apart, so
 that a frontend can let go of memory in between.
@@ -159,7 +160,7 @@ def gradient(
             call.rows_and_tokens("d", gate_up, tensors, dh)
             return
         if need_dx:
-            call.rows("d", gate_up, dh)
+            call.rows("d", gate_up, dh, gate_up if need_dw else None)
         else:
             swiglu.swiglu_gradient_(dh, gate_up)
         if need_tokens and tiled:

@@ -73,9 +73,10 @@ def quantize_rows(
             may then be left unwritten. Without groups (None) those of each matrix of [G, P, C], which quantizing it
             along P needs. Rows longer than LONGEST_ROW do not fill it.
         gated: x [R, 2C] stands for its SwiGLU [R, C] (`swiglu.py`).
-        dh: for "fp8_rowwise" with C up to LONGEST_ROW: x [R, C] becomes its gradient, given that of its SwiGLU, dh
+        dh: for "fp8_rowwise" with C up to LONGEST_ROW: x [R, C] stands for its gradient, given that of its SwiGLU, dh
             [R, C/2] (`swiglu.py`), both contiguous. `data` may lie where a dh of its size does.
-        kept: [R, C] in the dtype of x, receives that where `columns` is filled.
+        kept: [R, C] in the dtype of x, receives what x stands for: `gated`, where `columns` is filled; with `dh` it may
+            be x.
         index: int32 [R]: x is [T, C] with T <= R, and its row index[r] is row r.
     """
     G, P, C = x.shape if x.ndim == 3 else (1, len(x if index is None else index), x.shape[1])
@@ -88,7 +89,7 @@ def quantize_rows(
         return fills
     if format == "fp8_rowwise":
         amax, groups = columns if fills else (None, None)
-        kept = x if dh is not None else kept if fills else None
+        kept = kept if fills or dh is not None else None
         launch_rows_fp8(x, strides, index, dh, data, scale, amax, groups, kept, R, P, C, programs, gated)
         return fills
     assert dh is None, f"{format}: rows of a gradient come with its tokens"

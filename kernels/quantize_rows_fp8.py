@@ -33,7 +33,7 @@ def _rows_fp8(
     group of rows, over the rows that have a group, in one of `copies`; the other rows are left out. Without groups_ptr
     a matrix is a group. What was read goes to kept_ptr, if there is one. With dh_ptr a row is the gradient of a
     SwiGLU's two halves, and PIECES cover one of them. It may lie at kept_ptr and its bytes at data_ptr where its rows
-    came from: a row is written when all of it has been read."""
+    came from: a row is written when all of it has been read, a piece of the gradient by those that have read it."""
     RAGGED: tl.constexpr = groups_ptr is not None
     rows = R
     if RAGGED:
@@ -163,15 +163,18 @@ def row_schedule(
     Gated [131072, 8192] 8, 2, 1: 1944 (three stages 2050, sixteen warps 2243); with 2, 8, 1 [131072, 2048] 505 (4, 4,
     3: 510), [131072, 1408] 356 (1, 12, 2: 501), [131072, 768] 230 (216), [8192, 512] 15 (19).
 
-    Gradients of [131072, 2 x 8192] 16, 1, 4: 3374 (one stage 4541), of [131072, 2 x 2048] 8, 2, 3: 879 (one stage 1040;
+    Gradients of [131072, 2 x 8192] 16, 1, 3: 3398 (four stages 3374, which takes more shared memory than sm_89 and
+    sm_120 have; one 4541), of [131072, 2 x 2048] 8, 2, 3: 879 (one stage 1040;
     4, 4, 1: 897).
     """
     elements, row_bytes = sum(pieces), sum(pieces) * element_size
     if gradient:
-        return (16, 1, 4) if elements > 4096 else (8, 2, 3) if elements > 1024 else (4, 4, 3)
+        if pieces[0] < 128:  # threads without elements of their own would read what others have already written
+            return 1, 8, 1
+        return (16, 1, 3) if elements > 4096 else (8, 2, 3) if elements > 1024 else (4, 4, 3)
     if gated:
         if elements > 8192:
-            return 16, 1, 3 if element_size == 2 else 1
+            return 16, 1, 1
         return (8, 2, 1) if elements > 4096 else (4, 4, 3) if elements > 2048 else (2, 8, 1)
     warps = next((w for w in (1, 2, 4) if elements <= 1280 * w), 4 if elements <= 8192 else 8)
     stages = 4 if row_bytes < 2**14 else 3 if row_bytes <= 2**15 else 2  # of which all but one lie in shared memory

@@ -161,10 +161,14 @@ def column_maxima(G: int, C: int) -> TensorSpec:
     return TensorSpec((max(1, 16 >> (G - 1).bit_length()), G, C), "int32")
 
 
+def _at_least_one(count: int) -> int:
+    return torch.sym_max(1, count)  # pyright: ignore[reportReturnType] (an int of ints)
+
+
 def token_map(tile: int, p: Problem) -> dict[str, TensorSpec]:
     """The map of `tile`-token tiles; GEMM and quantizer share it where their tiles are alike."""
     return {
-        f"tiles_{tile}": TensorSpec((max(1, tiles.max_tiles(p.M, p.G, tile)), tiles.TILE_FIELDS), "int32"),
+        f"tiles_{tile}": TensorSpec((_at_least_one(tiles.max_tiles(p.M, p.G, tile)), tiles.TILE_FIELDS), "int32"),
         f"groups_{tile}": TensorSpec((p.G + 1, tiles.TILE_FIELDS), "int32"),
     }
 

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import on_device
-from xmoe.torch_backend.ops import DTYPES, LIBRARY, differentiable_once, direct, unseen
+from xmoe.torch_backend.ops import LIBRARY, direct, unseen
 
 if pipeline.HAS_TRITON:
     from xmoe.kernels import permute
+
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
 def combine(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,19 +29,18 @@ def combine(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None 
     waits for the device.
 
     Args:
-        x: bf16 or fp32 [M, D], the rows that the experts gave, sorted by expert.
+        x: bf16, fp16 or fp32 [M, D], the rows that the experts gave, sorted by expert.
         scores: float32 [T, k], with T * k = M.
         order: int64 or int32 [M], the slot of each row of x: row r belongs to token ``order[r] // k``, as its expert
             number ``order[r] % k``. From chosen experts [T, k] it is ``torch.argsort(experts.flatten(), stable=True)``.
             Other than a permutation gives wrong numbers, but reads and writes nothing outside of these tensors.
-        dtype: of the result, bf16 or fp32; None is that of x.
+        dtype: of the result; None is that of x.
 
     Returns:
         [T, D].
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
-        NotImplementedError: in the backward, where the gradient of a gradient is asked for.
     """
     for name, tensor in (("x", x), ("scores", scores), ("order", order)):
         if not isinstance(tensor, Tensor):
@@ -54,7 +56,7 @@ def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
     that quantize their input need no such copy: `swiglu_experts` takes ``order``.
 
     Args:
-        x: bf16 or fp32 [T, D].
+        x: bf16, fp16 or fp32 [T, D].
         order: as in `combine`.
 
     Returns:
@@ -62,7 +64,6 @@ def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
-        NotImplementedError: in the backward, where the gradient of a gradient is asked for.
     """
     for name, tensor in (("x", x), ("order", order)):
         if not isinstance(tensor, Tensor):
@@ -75,7 +76,7 @@ def _check_tokens(x: Tensor, order: Tensor) -> None:
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; give the tokens, [T, D]")
     if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}; cast it to torch.bfloat16 or torch.float32")
+        raise ValueError(f"x is {x.dtype}; cast it to torch.bfloat16, torch.float16 or torch.float32")
     check_order(x.shape[0], order.shape, order.dtype)
     if x.device != order.device:
         raise ValueError(f"x is on {x.device} and order on {order.device}; move them to one device")
@@ -100,9 +101,11 @@ def _check(x: Tensor, scores: Tensor, order: Tensor, dtype: torch.dtype | None) 
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; give the k scores of each token, [T, k]")
     if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}; cast it to torch.bfloat16 or torch.float32")
+        raise ValueError(f"x is {x.dtype}; cast it to torch.bfloat16, torch.float16 or torch.float32")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; give torch.bfloat16 or torch.float32, or None for that of x")
+        raise ValueError(
+            f"dtype is {dtype}; give torch.bfloat16, torch.float16 or torch.float32, or None for that of x"
+        )
     if scores.dtype != torch.float32:
         raise ValueError(f"scores is {scores.dtype}; cast it with scores.float()")
     if order.dtype not in (torch.int32, torch.int64):
@@ -138,7 +141,11 @@ LIBRARY.define(
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and pipeline.HAS_TRITON
+    """bfloat16 takes an sm_80."""
+    if not x.is_cuda or not pipeline.HAS_TRITON:
+        return False
+    capability = pipeline.device_of("cuda", x.device.index).capability
+    return capability is not None and capability >= (8, 0)
 
 
 @torch.library.impl(LIBRARY, "combine", "CompositeExplicitAutograd")
@@ -263,12 +270,24 @@ class _Combine(torch.autograd.Function):
         if dout is None:
             return (None,) * 4
 
-        def found() -> tuple[Tensor | None, ...]:
-            x, scores, place = ctx.saved_tensors
-            dx, dscores = direct(_backward_op, _combine_backward, dout, x, scores, place, ctx.dx_dtype)
-            return dx if need_dx else None, dscores if need_dscores else None
+        x, scores, place = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for the derivative of the derivative
+            return *_differentiable(dout, x, scores, place, ctx.dx_dtype), None, None
+        dx, dscores = direct(_backward_op, _combine_backward, dout, x, scores, place, ctx.dx_dtype)
+        return dx if need_dx else None, dscores if need_dscores else None, None, None
 
-        return *differentiable_once("combine", found), None, None
+
+def _differentiable(
+    dout: Tensor, x: Tensor | None, scores: Tensor, place: Tensor, dx_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`combine_backward` in operations of torch, None where that is empty."""
+    each, dx, dscores = dout.float().unsqueeze(1), None, None
+    if dx_dtype is not None:
+        slots = (each * scores.unsqueeze(-1)).flatten(0, 1)
+        dx = slots[place.argsort()].to(dx_dtype)
+    if x is not None:
+        dscores = (each * x[place.long()].float().view(*scores.shape, x.shape[1])).sum(-1)
+    return dx, dscores
 
 
 @torch.library.impl(LIBRARY, "combine", "Autograd")
@@ -298,10 +317,11 @@ class _Permute(torch.autograd.Function):
         if dout is None:
             return None, None
 
-        def found() -> tuple[Tensor]:
-            return (direct(_permute_backward_op, _permute_backward, dout, *ctx.saved_tensors, ctx.T),)
-
-        return *differentiable_once("permute_tokens", found), None
+        (place,), T = ctx.saved_tensors, ctx.T
+        if torch.is_grad_enabled():  # for the derivative of the derivative
+            slots = dout[place.long()].float()
+            return slots.unflatten(0, (T, -1)).sum(1).to(dout.dtype) if T else dout, None
+        return direct(_permute_backward_op, _permute_backward, dout, place, T), None
 
 
 @torch.library.impl(LIBRARY, "permute_tokens", "Autograd")

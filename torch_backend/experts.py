@@ -79,8 +79,8 @@ def swiglu_experts(
         ValueError: a shape, dtype or device that does not fit; D or H not a multiple of 16; a config that the device
             cannot run under its kernel preference.
     """
-    for name, tensor in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("offs", offs)):
-        if not isinstance(tensor, Tensor):
+    for name, tensor in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("offs", offs), ("order", order)):
+        if not isinstance(tensor, Tensor) and not (name == "order" and tensor is None):
             raise ValueError(f"{name} is {'None' if tensor is None else type(tensor).__name__}; give a torch.Tensor")
     return swiglu_experts_by_key(x, w1, w2, w3, offs, as_config(config).to_key(), order)
 

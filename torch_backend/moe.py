@@ -149,7 +149,7 @@ class MoE(nn.Module):
         narrow = torch.uint8 if counts.shape[0] <= 256 else torch.int32
         order = torch.argsort(experts.flatten().to(narrow), stable=True)
         routed = self.experts(tokens, counts.cumsum(0, dtype=torch.int32), order)
-        y = combine(routed, scores, order, x.dtype)
+        y = combine(routed, scores.float(), order, x.dtype)  # in autocast softmax may be narrower
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape), loss

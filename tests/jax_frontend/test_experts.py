@@ -91,6 +91,7 @@ def test_bad_orders() -> None:
     for order, message in (
         (jnp.arange(M - 1), r"order has shape \(99,\) and x T=100 tokens; give \[T \* k\]"),
         (jnp.zeros(M), "order is float32; give integers"),
+        (jnp.array(0), r"order has shape \(\) and x T=100 tokens"),
         ([0] * M, "order is a list; give an array"),
     ):
         with pytest.raises(ValueError, match=message):

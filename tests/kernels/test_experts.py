@@ -207,18 +207,22 @@ def test_emulation(recipe, pattern, k):
 
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
 @pytest.mark.parametrize(
-    ("recipe", "pattern", "k"),
-    [("fp8_rowwise", "short", 0), ("fp8_blockwise", "empty", 3), ("mxfp8_rceil", "uneven", 1)],
+    ("recipe", "pattern", "k", "dtype"),
+    [
+        ("fp8_rowwise", "short", 0, torch.float32),
+        ("fp8_rowwise", "uneven", 1, torch.bfloat16),  # k = 1: the interpreter would truncate sums
+        ("fp8_blockwise", "empty", 3, torch.float32),
+        ("fp8_blockwise", "empty", 1, torch.bfloat16),
+        ("mxfp8_rceil", "uneven", 1, torch.bfloat16),
+    ],
 )
-def test_in_the_interpreter(recipe, pattern, k, monkeypatch):
+def test_in_the_interpreter(recipe, pattern, k, dtype, monkeypatch):
     monkeypatch.setattr(call, "programs", lambda index: 3)
     monkeypatch.setattr(call, "grouped_gemm_hopper", TritonGemm())
     H = 128 if recipe == "fp8_blockwise" else 32
     if recipe.startswith("mx"):
         monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())
-    Run(
-        recipe, pattern, dtype=torch.float32, M=99, D=48, H=H, G=3, k=k, device=Device("cuda", (9, 0)), where="cpu"
-    ).check()
+    Run(recipe, pattern, dtype=dtype, M=99, D=48, H=H, G=3, k=k, device=Device("cuda", (9, 0)), where="cpu").check()
 
 
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")

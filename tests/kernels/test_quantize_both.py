@@ -135,7 +135,8 @@ def test_rowwise_rows_of_a_gradient(backend, H, maxima):
     scale, expected_scale = torch.empty(2, M, device=dh.device)
     data, expected = dh.view(torch.float8_e4m3fn), torch.empty(M, 2 * H, dtype=torch.float8_e4m3fn, device=dh.device)
     quantize.quantize_rows(apart, "fp8_rowwise", expected, expected_scale, 4, (want, groups) if maxima else None)
-    quantize.quantize_rows(gate_up, "fp8_rowwise", data, scale, 4, (got, groups) if maxima else None, dh=dh)
+    columns = (got, groups) if maxima else None
+    quantize.quantize_rows(gate_up, "fp8_rowwise", data, scale, 4, columns, dh=dh, kept=gate_up)
     for x, y in ((data, expected), (scale, expected_scale), (gate_up, apart)):
         assert torch.equal(x[:90].view(torch.uint8), y[:90].view(torch.uint8))
     assert torch.equal(got.amax(0), want.amax(0))

@@ -113,6 +113,7 @@ def test_compile_with_any_number_of_tokens_in_any_order(recipe: str) -> None:
     ("order", "message"),
     [
         (torch.zeros(M), "order is torch.float32; give torch.int64 or torch.int32"),
+        ([0] * M, "order is list; give a torch.Tensor"),
         (torch.zeros(M - 1, dtype=torch.int64), r"order has M=99 slots and x T=50 tokens; give T\*k slots"),
         (torch.zeros(2, M // 2, dtype=torch.int64), r"order has shape \(2, 50\); give \[M\]"),
     ],

@@ -75,6 +75,30 @@ def test_recipes(recipe: str) -> None:
     assert x.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("recipe", [None, "fp8_rowwise"])
+def test_autocast(recipe: str | None) -> None:
+    """Where softmax may come in half precision."""
+    moe, x = layer(), torch.randn(20, D)
+    if recipe:
+        quantize_(moe, config_from_recipe(recipe), verbose=False)
+    expected, _ = reference(moe, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = moe(x)
+    assert db(expected, y) >= 20
+
+
+def test_float16_and_second_derivatives() -> None:
+    """As any model of torch's operations."""
+    moe, x = layer(), torch.randn(12, D, requires_grad=True)
+    (gradient,) = torch.autograd.grad(moe(x)[0].sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in moe.parameters())
+    expected, _ = reference(moe, x)
+    y, _ = moe.half()(x.detach().half())
+    assert y.dtype == torch.float16
+    assert db(expected, y) >= 30
+
+
 def test_names_and_shapes() -> None:
     shapes = {name: tuple(p.shape) for name, p in MoE(D, H, E, K, shared_hidden_dim=32).named_parameters()}
     assert shapes == {
