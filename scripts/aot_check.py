@@ -232,8 +232,9 @@ def sources(case: Case) -> Iterator[Case]:
             gated = with_pointers(gated, "", {"kept_ptr": x})
         if 2 * sum(pieces) <= quantize_rows_fp8.LONGEST_ROW and size == 2:
             warps, _, stages = quantize_rows_fp8.row_schedule(pieces, size, gradient=True)
-            gradient = with_pointers(case, ",gradient", {"dh_ptr": x, "kept_ptr": x})
-            yield replace(gradient, warps=warps, spills=40, constants=gradient.constants | {"STAGES": stages})
+            for name, kept in ((",gradient", {"kept_ptr": x}), *[(",gradient, not kept", {})] * (not amax)):
+                gradient = with_pointers(case, name, {"dh_ptr": x, **kept})
+                yield replace(gradient, warps=warps, spills=40, constants=gradient.constants | {"STAGES": stages})
     yield gated
 
 
