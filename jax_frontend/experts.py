@@ -44,7 +44,7 @@ def swiglu_experts(
             rows past the last come out as zeros.
         w1, w3: [G, H, D], gate and up, bfloat16 or float32. D and H are multiples of 16.
         w2: [G, D, H], down, in the dtype of w1 and w3.
-        group_sizes: [G], of any integer dtype.
+        group_sizes: [G], of any integer dtype; its values are not checked, nor are those of ``order``.
         config: a `GroupedMMConfig`, a recipe (enum or name), or None for the bfloat16 baseline.
         order: [M], M = T * k, the slot of each row (`permute_tokens`): row r is token ``order[r] // k``.
         implementation: as in `ragged_dot`.

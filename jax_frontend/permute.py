@@ -6,6 +6,7 @@ T = tokens, k = experts that each token goes to, M = T*k slots, slot s of token 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def permute_tokens(x: jax.Array, order: jax.Array) -> jax.Array:
@@ -17,6 +18,7 @@ def permute_tokens(x: jax.Array, order: jax.Array) -> jax.Array:
     Raises:
         ValueError: a shape that does not fit: M is a multiple of T.
     """
+    _check_arrays(x=x, order=order)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; give the tokens, [T, D]")
     return _take(slots_of_token(x, order), x, order, jnp.argsort(order))
@@ -29,10 +31,14 @@ def combine(x: jax.Array, scores: jax.Array, order: jax.Array) -> jax.Array:
     Raises:
         ValueError: a shape that does not fit.
     """
+    _check_arrays(x=x, scores=scores, order=order)
+    if scores.dtype != jnp.float32:
+        raise ValueError(f"scores is {scores.dtype}; give scores.astype(jnp.float32)")
     if x.ndim != 2 or scores.ndim != 2 or scores.size != x.shape[0]:
         raise ValueError(f"x has shape {x.shape} and scores {scores.shape}; give [T * k, D] and [T, k]")
     if order.shape != x.shape[:1]:
         raise ValueError(f"order has shape {order.shape}; give the slot of each row of x, {x.shape[:1]}")
+    _check_integers(order)
     rows = _take(1, x, jnp.argsort(order), order).reshape(*scores.shape, x.shape[-1])
     return (rows.astype(jnp.float32) * scores[..., None]).sum(axis=1)
 
@@ -42,9 +48,19 @@ def slots_of_token(x: jax.Array, order: jax.Array) -> int:
     T, M = x.shape[0], order.size
     if order.ndim != 1 or (M < T or M % T if T else M):
         raise ValueError(f"order has shape {order.shape} and x T={T} tokens; give [T * k], k slots for each token")
+    _check_integers(order)
+    return max(1, M // max(1, T))
+
+
+def _check_arrays(**arrays: jax.Array) -> None:
+    for name, array in arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(f"{name} is a {type(array).__name__}; give a jax.Array, jnp.asarray({name})")
+
+
+def _check_integers(order: jax.Array) -> None:
     if not jnp.issubdtype(order.dtype, jnp.integer):
         raise ValueError(f"order is {order.dtype}; give integers, as jnp.argsort does")
-    return max(1, M // max(1, T))
 
 
 def sum_slots(x: jax.Array, place: jax.Array, k: int) -> jax.Array:

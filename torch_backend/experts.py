@@ -67,7 +67,8 @@ def swiglu_experts(
         x: bf16 or fp32 [M, D], sorted: expert g owns the rows ``offs[g-1]:offs[g]``; with ``order`` [T, D].
         w1, w3: bf16 or fp32 [G, H, D], gate and up.
         w2: [G, D, H], down, in the dtype of w1 and w3.
-        offs: int32 [G], the end row of each expert; rows past the last one come out as zeros.
+        offs: int32 [G], the end row of each expert (not its size); rows past the last one come out as zeros. Its values
+            are not checked, nor are those of ``order``: wrong ones give wrong numbers, and touch no other memory.
         config: what to quantize: a config, or a recipe (enum member or name); None is the bf16 baseline.
         order: int64 or int32 [M], M = T * k, the slot of each row: row r is token ``order[r] // k``. From chosen
             experts [T, k] it is ``torch.argsort(experts.flatten(), stable=True)``.

@@ -153,8 +153,9 @@ def _nothing_matches(config: object, filter_fn: FilterFn | None, names: list[str
     culprits = [] if filter_fn is None else ["filter_fn"]
     if isinstance(config, FqnToConfig):
         culprits.append(f"config (keys: {', '.join(map(repr, config.fqn_to_config))})")
-    by = " with ".join(culprits)
-    return f"{by} matches none of the parameters with three dimensions; change it to match some of: {', '.join(names)}"
+    by, called = " with ".join(culprits), " (filter_fn sees the modules that hold them)" if filter_fn else ""
+    among = f"none of the parameters with three dimensions{called}"
+    return f"{by} matches {among}; change it to match some of: {', '.join(names)}"
 
 
 def _table(matched: _Matched) -> str:
