@@ -222,7 +222,7 @@ def test_in_the_interpreter(recipe, pattern, k, dtype, monkeypatch):
     H = 128 if recipe == "fp8_blockwise" else 32
     if recipe.startswith("mx"):
         monkeypatch.setattr(call, "grouped_gemm", Float64Gemm())
-    Run(recipe, pattern, dtype=dtype, M=99, D=48, H=H, G=3, k=k, device=Device("cuda", (9, 0)), where="cpu").check()
+    Run(recipe, pattern, dtype=dtype, M=66, D=32, H=H, G=2, k=k, device=Device("cuda", (9, 0)), where="cpu").check()
 
 
 @pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
@@ -231,7 +231,7 @@ def test_in_the_interpreter(recipe, pattern, k, dtype, monkeypatch):
 def test_scale_tiles_in_the_interpreter(H, monkeypatch):
     """As `test_native_mx`, but for the MMA itself."""
     monkeypatch.setattr(call, "programs", lambda index: 3)
-    Run("mxfp8_rceil", "uneven", dtype=torch.float32, M=99, D=48, H=H, G=3, device=NATIVE_MX, where="cpu").check()
+    Run("mxfp8_rceil", "uneven", dtype=torch.float32, M=66, D=32, H=H, G=2, device=NATIVE_MX, where="cpu").check()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
