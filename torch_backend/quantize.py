@@ -12,7 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from xmoe.config import RECIPES, GroupedMMConfig, as_config
 from xmoe.fqn import DEFAULT, UNMATCHED, FqnToConfig, Unmatched, enclosing
 from xmoe.operands import FEATURE_MULTIPLE
-from xmoe.torch_backend.tensor import ScaledGroupedMMTensor, unwrap
+from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
+from xmoe.torch_backend.wrapper import unwrap
 
 FilterFn = Callable[[nn.Module, str], bool]
 
