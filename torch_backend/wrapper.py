@@ -57,7 +57,7 @@ class WrappedWeight(torch.Tensor):
     """What such a parameter is, in messages."""
 
     @staticmethod
-    def __new__(cls: type[Self], data: Tensor, config: GroupedMMConfig) -> Self:
+    def __new__(cls, data: Tensor, config: GroupedMMConfig) -> Any:
         """Wraps `data`, sharing its storage; ``requires_grad`` is kept, the autograd history is not.
 
         Raises ValueError unless `data` is a floating-point tensor with the dimensions of such a weight and `config` a
