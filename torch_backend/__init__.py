@@ -12,6 +12,7 @@ from xmoe.torch_backend.grouped_mm import (
 )
 from xmoe.torch_backend.moe import MoE
 from xmoe.torch_backend.quantize import quantize_
+from xmoe.torch_backend.summary import summary
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
 from xmoe.torch_backend.utils import generate_jagged_offs
 from xmoe.torch_backend.weight_cache import cache_weights
@@ -28,6 +29,7 @@ __all__ = [
     "permute_tokens",
     "quantize_",
     "scaled_grouped_mm",
+    "summary",
     "swiglu_experts",
     "to_fp8_rowwise_then_scaled_grouped_mm",
     "to_mxfp8_then_scaled_grouped_mm",

@@ -21,8 +21,10 @@ def check_signature(
     offs_shape: Sequence[int],
     offs_dtype: torch.dtype,
     devices: Sequence[torch.device],
+    multiple: int = FEATURE_MULTIPLE,
 ) -> None:
-    """Raises ValueError, naming the argument, its value and the fix, unless A [M, K], B [G, K, N] and offs [G] fit."""
+    """Raises ValueError, naming the argument, its value and the fix, unless A [M, K], B [G, K, N] and offs [G] fit,
+    with K and N positive multiples of `multiple`."""
     if len(A_shape) != 2:
         raise ValueError(f"A has shape {tuple(A_shape)}; flatten the leading dimensions to [M, K]")
     if len(B_shape) != 3:
@@ -39,9 +41,9 @@ def check_signature(
     if G < 1:
         raise ValueError(f"B_t has shape {tuple(B_shape)}; give at least one group")
     for name, size in (("K", K), ("N", N)):
-        if size < FEATURE_MULTIPLE or size % FEATURE_MULTIPLE:
-            padded = max(1, -(-size // FEATURE_MULTIPLE)) * FEATURE_MULTIPLE
-            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it to {padded}")
+        if size < 1 or size % multiple:
+            padded = max(1, -(-size // multiple)) * multiple
+            raise ValueError(f"{name}={size} is not a positive multiple of {multiple}; pad it to {padded}")
     if offs_dtype != torch.int32:
         raise ValueError(f"offs is {offs_dtype}; cast it with offs.to(torch.int32)")
     if tuple(offs_shape) != (G,):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import experts, pipeline
-from xmoe.operands import whole_blocks
+from xmoe.operands import FEATURE_MULTIPLE, whole_blocks
 from xmoe.torch_backend.combine import permute_tokens
 from xmoe.torch_backend.experts_ops import (
     GRADIENT,
@@ -56,9 +56,10 @@ def swiglu_experts(
     """w2 (silu(w1 x) * w3 x) of every row with the weights of its expert, and the gradients, in one op.
 
     The forward's GEMMs have the numbers of `scaled_grouped_mm`; the SwiGLU between them is computed in float32 and
-    rounded once; the gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not
-    divide H (32 in MX formats, 128 in ``fp8_blockwise``), and only there, it is three `scaled_grouped_mm`. The backward
-    overwrites what the forward saved, unless the graph is retained: a saved-tensor hook that keeps it will see that.
+    rounded once; the gradient of x is one GEMM over the gradients of both halves. Where D or H is not a multiple of 16,
+    or the blocks of the format do not divide H (32 in MX formats, 128 in ``fp8_blockwise``), and only there, it is
+    three `scaled_grouped_mm`. The backward overwrites what the forward saved, unless the graph is retained: a
+    saved-tensor hook that keeps it will see that.
 
     With ``order`` the tokens come as the router saw them, and are quantized through the permutation: no sorted copy of
     them is made. The result is sorted by expert either way; `combine` takes it back.
@@ -77,8 +78,8 @@ def swiglu_experts(
         [M, D] in ``config.out_dtype``, or in the dtype of x.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit; D or H not a multiple of 16; a config that the device
-            cannot run under its kernel preference.
+        ValueError: a shape, dtype or device that does not fit; a config that the device cannot run under its kernel
+            preference.
     """
     for name, tensor in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("offs", offs), ("order", order)):
         if not isinstance(tensor, Tensor) and not (name == "order" and tensor is None):
@@ -90,8 +91,8 @@ def swiglu_experts_by_key(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, order: Tensor | None = None
 ) -> Tensor:
     """`swiglu_experts` with the config as its key, the form that the ops carry."""
-    if w1.ndim == 3 and not _fuses(config_key, w1.shape[1]):
-        check(*arguments(x, w1, w2, w3, offs, order))
+    if w1.ndim == 3 and not _fuses(config_key, w1.shape[1], w1.shape[2]):
+        check(*arguments(x, w1, w2, w3, offs, order), multiple=1)
         x = x if order is None else permute_tokens(x, order)
         h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
         return grouped_mm_by_key(h, w2.mT, offs, config_key)
@@ -120,8 +121,9 @@ def _prepare(
 
 
 @torch.compiler.assume_constant_result
-def _fuses(config_key: str, H: int) -> bool:
-    return whole_blocks(config_from_key(config_key).format, H)
+def _fuses(config_key: str, H: int, D: int) -> bool:
+    fits = H % FEATURE_MULTIPLE == D % FEATURE_MULTIPLE == 0
+    return fits and whole_blocks(config_from_key(config_key).format, H)
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd

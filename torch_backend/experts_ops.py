@@ -54,8 +54,16 @@ def arguments(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else Argument(x.shape, x.dtype, x.device) for x in tensors)
 
 
-def check(x: Argument, w1: Argument, w2: Argument, w3: Argument, offs: Argument, order: Argument | None = None) -> None:
-    """Raises ValueError unless they fit together."""
+def check(
+    x: Argument,
+    w1: Argument,
+    w2: Argument,
+    w3: Argument,
+    offs: Argument,
+    order: Argument | None = None,
+    multiple: int = FEATURE_MULTIPLE,
+) -> None:
+    """Raises ValueError unless they fit together, with D and H positive multiples of `multiple`."""
     if len(x.shape) != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; flatten the leading dimensions to [M, D]")
     if len(w1.shape) != 3 or w1.shape[0] < 1:
@@ -67,8 +75,8 @@ def check(x: Argument, w1: Argument, w2: Argument, w3: Argument, offs: Argument,
         if tuple(w.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(w.shape)}; give {list(shape)}, to go with w1 {list(w1.shape)}")
     for name, size in (("D", D), ("H", H)):
-        if size < FEATURE_MULTIPLE or size % FEATURE_MULTIPLE:
-            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it with zeros")
+        if size < 1 or size % multiple:
+            raise ValueError(f"{name}={size} is not a positive multiple of {multiple}; pad it with zeros")
     for name, tensor in (("x", x), ("w1", w1)):
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}; cast it to torch.bfloat16 or torch.float32")

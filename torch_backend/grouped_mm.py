@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xmoe.config import (
@@ -18,6 +19,7 @@ from xmoe.config import (
     config_from_key,
 )
 from xmoe.kernels import pipeline
+from xmoe.operands import FEATURE_MULTIPLE
 from xmoe.torch_backend import ops
 from xmoe.torch_backend.weight_cache import cached
 
@@ -31,7 +33,8 @@ def scaled_grouped_mm(
 
     Args:
         A: bf16 or fp32 [M, K]. Group g owns the rows ``offs[g-1]:offs[g]``.
-        B_t: bf16 or fp32 [G, K, N], any strides; for weights stored [G, N, K] give ``weight.transpose(-2, -1)``.
+        B_t: bf16 or fp32 [G, K, N], any strides; for weights stored [G, N, K] give ``weight.transpose(-2, -1)``. K and
+            N that are not multiples of 16 cost a zero-padded copy of A, of B_t and of the output.
         offs: int32 [G], the end row of each group. Groups may be empty and need no alignment; rows past the last one
             come out as zeros. Offsets stay on the device: bad ones raise under ``config.debug`` only.
         config: what to quantize: a config, or a recipe (enum member or name); None is the bf16 baseline.
@@ -40,8 +43,8 @@ def scaled_grouped_mm(
         [M, N] in ``config.out_dtype``, or in the dtype of A.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit; K or N not a multiple of 16; no tensor where one is
-            needed; a config that the device cannot run under its kernel preference.
+        ValueError: a shape, dtype or device that does not fit; no tensor where one is needed; a config that the device
+            cannot run under its kernel preference.
     """
     for name, x in (("A", A), ("B_t", B_t), ("offs", offs)):
         if not isinstance(x, Tensor):
@@ -52,11 +55,24 @@ def scaled_grouped_mm(
 
 def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> Tensor:
     """`scaled_grouped_mm` with the config as its key, the form that the ops carry."""
+    if B_t.ndim == 3 and (B_t.shape[1] % FEATURE_MULTIPLE or B_t.shape[2] % FEATURE_MULTIPLE):
+        return _padded(A, B_t, offs, config_key)
     save_tokens = B_t.requires_grad and torch.is_grad_enabled()
     prepared = cached(lambda: _prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
     if ops.unseen(A, B_t, offs):
         return ops.unseen_grouped_mm(A, B_t, offs, config_key, save_tokens, *prepared)
     return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
+
+
+def _padded(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> Tensor:
+    """`grouped_mm_by_key` of any K and N. Zeros change no scale and no sum."""
+    _, K, N = B_t.shape
+    devices = (A.device, B_t.device, offs.device)
+    ops.check_signature(A.shape, A.dtype, B_t.shape, B_t.dtype, offs.shape, offs.dtype, devices, multiple=1)
+    more_k, more_n = -K % FEATURE_MULTIPLE, -N % FEATURE_MULTIPLE
+    A = F.pad(A, (0, more_k))
+    B_t = F.pad(B_t.mT, (0, more_k, 0, more_n)).mT if ops.k_is_contiguous(B_t) else F.pad(B_t, (0, more_n, 0, more_k))
+    return grouped_mm_by_key(A, B_t, offs, config_key)[:, :N].contiguous()
 
 
 def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:

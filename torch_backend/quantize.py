@@ -12,7 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from xmoe.config import RECIPES, GroupedMMConfig, as_config
 from xmoe.fqn import DEFAULT, UNMATCHED, FqnToConfig, Unmatched, enclosing
 from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.torch_backend.summary import table
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
+from xmoe.torch_backend.unquantized import remember, warn_of_kernels
 from xmoe.torch_backend.wrapper import unwrap
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -96,6 +98,7 @@ def quantize_(
     for misfit in misfits:
         logger.warning("quantize_: left alone: %s", misfit)
 
+    converted: dict[str, Tensor] = {}
     for owners, chosen in matched:
         old = getattr(owners[0].module, owners[0].name)
         new = nn.Parameter(ScaledGroupedMMTensor(old, chosen), requires_grad=old.requires_grad)
@@ -103,8 +106,11 @@ def quantize_(
         for owner in owners:
             setattr(owner.module, owner.name, new)
             _keep_wrapped_on_load(owner.module)
+        converted[" = ".join(owner.fqn for owner in owners)] = new
+        warn_of_kernels(owners[0].module, owners[0].fqn)
+    remember(converted)
     if verbose and matched:
-        logger.info("quantize_: %d of %d expert parameters\n%s", len(matched), len(parameters), _table(matched))
+        logger.info("quantize_: %d of %d expert parameters\n%s", len(matched), len(parameters), table(converted))
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -157,16 +163,6 @@ def _nothing_matches(config: object, filter_fn: FilterFn | None, names: list[str
     by, called = " with ".join(culprits), " (filter_fn sees the modules that hold them)" if filter_fn else ""
     among = f"none of the parameters with three dimensions{called}"
     return f"{by} matches {among}; change it to match some of: {', '.join(names)}"
-
-
-def _table(matched: _Matched) -> str:
-    rows = [("parameter", "shape", "dtype", "config")]
-    for owners, config in matched:
-        parameter = getattr(owners[0].module, owners[0].name)
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        rows.append((" = ".join(owner.fqn for owner in owners), str(list(parameter.shape)), dtype, config.to_key()))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _keep_wrapped_on_load(module: nn.Module) -> None:

@@ -1,14 +1,16 @@
 """The wrapper of expert weights: it makes their grouped and batched GEMMs run in low precision."""
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from xmoe.torch_backend.experts import swiglu_experts_by_key
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
-from xmoe.torch_backend.wrapper import WrappedWeight, unwrap
+from xmoe.torch_backend.wrapper import WrappedWeight, teach_compile, unwrap
 
 
 class ScaledGroupedMMTensor(WrappedWeight):
@@ -25,23 +27,54 @@ class ScaledGroupedMMTensor(WrappedWeight):
 
     ndims = 3
     kind = "expert weights"
+    remedy = "compute it with torch._grouped_mm, bmm, matmul or linear"
+
+    @classmethod
+    def with_key(cls, config_key: str) -> type[Self]:
+        if "transformers.integrations.moe" in sys.modules:
+            _learn_transformers()
+        return super().with_key(config_key)
 
 
-def _key(weight: Tensor) -> str:
-    return type(weight).config_key  # type: ignore[attr-defined]
+@cache
+def _learn_transformers() -> None:
+    """Intercepts what transformers computes where it does not trust ``torch.nn.functional.grouped_mm``: float32 under
+    ``torch.compile``, for one."""
+    op = torch.ops.transformers.grouped_mm_fallback
+    ScaledGroupedMMTensor.handlers |= {op: _grouped_mm_fallback, op.default: _grouped_mm_fallback}
+    teach_compile(op)
 
 
-def _product(A: Tensor, B: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """[M, N] of A [M, K] and the wrapped B [G, K, N], in `out_dtype` or the dtype of A."""
-    key, half = _key(B), torch.float16
+def _key(cls: type[ScaledGroupedMMTensor], weight: Tensor) -> str:
+    """Of the weight among two wrapped operands; `cls` is what torch.compile can read."""
+    return cls.config_key if isinstance(weight, cls) else type(weight).config_key  # type: ignore[attr-defined]
+
+
+def _product(A: Tensor, B: Tensor, offs: Tensor, key: str, out_dtype: torch.dtype | None = None) -> Tensor:
+    """[M, N] of A [M, K] and B [G, K, N], in `out_dtype` or the dtype of A."""
     if not torch.compiler.is_compiling():  # what the ops save for the backward is plain
         A, B, offs = unwrap(A), unwrap(B), unwrap(offs)
     out_dtype = out_dtype or A.dtype
+    half = torch.float16
     if half in (A.dtype, B.dtype):  # exact in float32, which the kernels read
         A, B = (x.float() if x.dtype == half else x for x in (A, B))
     if out_dtype == half:
         return grouped_mm_by_key(A, B, offs, key_with_out_dtype(key, torch.float32)).half()
     return grouped_mm_by_key(A, B, offs, key_with_out_dtype(key, out_dtype) if out_dtype != A.dtype else key)
+
+
+def _batched(A: Tensor, B: Tensor, key: str, out_dtype: torch.dtype | None = None) -> Tensor:
+    """[G, T, N] of A [G, T, K] and B [G, K, N]: groups of equal size."""
+    G, T, K = A.shape
+    offs = torch.arange(1, G + 1, dtype=torch.int32, device=A.device) * T
+    return _product(A.reshape(G * T, K), B, offs, key, out_dtype).view(G, T, B.shape[2])
+
+
+def _single(A: Tensor, B: Tensor, key: str) -> Tensor:
+    """[..., N] of A [..., K] and one expert's B [K, N]: a group."""
+    rows = A.reshape(-1, A.shape[-1])
+    offs = torch.full((1,), rows.shape[0], dtype=torch.int32, device=A.device)
+    return _product(rows, B.unsqueeze(0), offs, key).view(*A.shape[:-1], B.shape[-1])
 
 
 def _grouped_mm(
@@ -56,9 +89,10 @@ def _grouped_mm(
     """Where the second operand is [G, K, N]; the weight gradient's form, 2D x 2D, is the plain op."""
     if not isinstance(mat2, ScaledGroupedMMTensor) or mat2.ndim != 3 or bias is not None:
         return NotImplemented
+    key = _key(cls, mat2)
     if self.ndim == 2 and offs is not None:
-        return _product(self, mat2, offs, out_dtype)
-    return _batched(self, mat2, out_dtype) if self.ndim == 3 and offs is None else NotImplemented
+        return _product(self, mat2, offs, key, out_dtype)
+    return _batched(self, mat2, key, out_dtype) if self.ndim == 3 and offs is None else NotImplemented
 
 
 def _grouped_mm_fallback(
@@ -66,20 +100,6 @@ def _grouped_mm_fallback(
 ) -> Any:
     """``transformers::grouped_mm_fallback``, whose offsets may be int64."""
     return _grouped_mm(cls, func, input, weight, offs.to(torch.int32))
-
-
-def _batched(A: Tensor, B: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """[G, T, N] of A [G, T, K] and the wrapped B [G, K, N]."""
-    G, T, K = A.shape
-    offs = torch.arange(1, G + 1, dtype=torch.int32, device=A.device) * T
-    return _product(A.reshape(G * T, K), B, offs, out_dtype).view(G, T, B.shape[2])
-
-
-def _single(A: Tensor, B: Tensor) -> Tensor:
-    """[..., N] of A [..., K] and the wrapped B [K, N], one expert's."""
-    rows = A.reshape(-1, A.shape[-1])
-    offs = torch.full((1,), rows.shape[0], dtype=torch.int32, device=A.device)
-    return _product(rows, B.unsqueeze(0).as_subclass(type(B)), offs).view(*A.shape[:-1], B.shape[-1])
 
 
 def _linear(
@@ -91,26 +111,36 @@ def _linear(
 ) -> Any:
     if not isinstance(weight, ScaledGroupedMMTensor) or weight.ndim != 2:
         return NotImplemented
-    input, B, bias = _autocast(input, weight.mT.as_subclass(type(weight)), bias)
-    out = _single(input, B)
+    key = _key(cls, weight)
+    input, weight, bias = _autocast(input, weight, bias)
+    out = _single(input, weight.mT, key)
     return out if bias is None else out + bias
 
 
-def _matmul(cls: type[ScaledGroupedMMTensor], func: Callable[..., Any], input: Tensor, other: Tensor) -> Any:
-    """``mm``, ``bmm``, ``matmul`` and ``@``, with the weight on either side."""
-    if not isinstance(other, ScaledGroupedMMTensor):
-        if input.ndim < 2 or other.ndim < 2 or other.ndim > 3:
-            return NotImplemented
-        swapped = _matmul(cls, func, other.mT, input.mT.as_subclass(type(input)))
-        return swapped if swapped is NotImplemented else swapped.mT.contiguous()
-    if isinstance(input, ScaledGroupedMMTensor) or not 2 <= other.ndim <= 3:
+def _matmul(cls: type[ScaledGroupedMMTensor], func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``mm``, ``bmm``, ``mv``, ``matmul`` and ``@``, with the weight on either side of an activation."""
+    operands = (*args, *(kwargs.pop(name) for name in ("input", "mat2", "vec", "other") if name in kwargs))
+    first, second = operands
+    wrapped = [isinstance(x, ScaledGroupedMMTensor) for x in operands]
+    if kwargs or all(wrapped):
         return NotImplemented
-    input, other, _ = _autocast(input, other)
-    if other.ndim == 2:
-        return _single(input, other)
-    if (input.ndim == 3 and input.shape[0] in (1, other.shape[0])) or input.ndim == 2:
-        return _batched(input.expand(other.shape[0], *input.shape[-2:]), other)
-    return NotImplemented
+    if wrapped[1]:
+        out = _dense(*_autocast(first, second)[:2], _key(cls, second))
+        return NotImplemented if out is None else out
+    A = second if second.ndim == 1 else second.mT
+    out = None if first.ndim < 2 else _dense(*_autocast(A, first.mT)[:2], _key(cls, first))
+    if out is None:
+        return NotImplemented
+    return out if second.ndim == 1 else out.mT.contiguous()
+
+
+def _dense(A: Tensor, B: Tensor, key: str) -> Tensor | None:
+    """A @ B for weights B [K, N] or [G, K, N]; None for other forms."""
+    if B.ndim == 2:
+        return _single(A, B, key)
+    if B.ndim == 3 and (A.ndim == 2 or (A.ndim == 3 and A.shape[0] in (1, B.shape[0]))):
+        return _batched(A.expand(B.shape[0], *A.shape[-2:]), B, key)
+    return None
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -119,8 +149,7 @@ def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tupl
     if not torch.is_autocast_enabled(kind):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(kind)
-    wrapped = weight.to(dtype).as_subclass(type(weight))
-    return input.to(dtype), wrapped, None if bias is None else bias.to(dtype)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 ScaledGroupedMMTensor.handlers = {
@@ -132,8 +161,8 @@ ScaledGroupedMMTensor.handlers = {
     torch.nn.functional.linear: _linear,
     **dict.fromkeys(
         (
-            *(torch.mm, torch.bmm, torch.matmul, torch.linalg.matmul),
-            *(Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
+            *(torch.mm, torch.bmm, torch.mv, torch.matmul, torch.linalg.matmul),
+            *(Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
         ),
         _matmul,
     ),
@@ -144,7 +173,7 @@ def wrapped_swiglu_experts(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, order: Tensor | None = None
 ) -> Tensor:
     """`xmoe.torch_backend.swiglu_experts` of weights that are wrapped with one config."""
-    key = _key(w1)
+    key = type(w1).config_key  # type: ignore[attr-defined]
     with torch._C.DisableTorchFunctionSubclass():
         if not torch.compiler.is_compiling():
             x, w1, w2, w3 = unwrap(x), unwrap(w1), unwrap(w2), unwrap(w3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.config import GroupedMMConfig, config_from_key
+from xmoe.torch_backend.unquantized import PRODUCTS, in_high_precision, is_foreign
 
 _VIEWS = (
     *("adjoint", "as_strided", "chunk", "contiguous", "detach", "expand", "expand_as", "flatten", "movedim", "narrow"),
@@ -55,6 +56,8 @@ class WrappedWeight(torch.Tensor):
     """The dimensions of a parameter of this class; its views may have others."""
     kind: ClassVar[str]
     """What such a parameter is, in messages."""
+    remedy: ClassVar[str]
+    """What to compute instead of a product that is not intercepted."""
 
     @staticmethod
     def __new__(cls, data: Tensor, config: GroupedMMConfig) -> Any:
@@ -94,6 +97,8 @@ class WrappedWeight(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if handler is not None and (out := handler(cls, func, *args, **kwargs)) is not NotImplemented:
                 return out
+            if func in PRODUCTS or is_foreign(func):
+                in_high_precision(cls, func, args)
             out = func(*args, **kwargs)
             # `cls`, not type(args[0]): the one that torch.compile can trace.
             if func in _JOINS:
@@ -132,20 +137,19 @@ class WrappedWeight(torch.Tensor):
 
 @cache
 def _with_key(base: type[WrappedWeight], config_key: str) -> Any:
-    _teach_compile()
+    teach_compile(torch._grouped_mm)
     return type(base.__name__, (base,), {"config_key": config_key, "__module__": base.__module__})
 
 
-@cache
-def _teach_compile() -> None:
-    """Makes ``torch.compile`` ask ``__torch_function__`` about ``torch._grouped_mm``, as eager mode does.
+def teach_compile(func: Callable[..., Any]) -> None:
+    """Makes ``torch.compile`` ask ``__torch_function__`` about `func`, as eager mode does.
 
     Dynamo asks about the functions of ``torch.overrides`` only, and that list leaves out names with an underscore.
     Called with the first wrapped weight, not at import: this loads torch._dynamo (as any optimizer does), a second.
     """
     from torch._dynamo.variables.torch import get_overridable_functions
 
-    get_overridable_functions().add(torch._grouped_mm)
+    get_overridable_functions().add(func)
 
 
 def unwrap(x: Tensor) -> Tensor:

@@ -30,17 +30,20 @@ from xmoe.legacy import MoETrainingConfig as MoETrainingConfig
 
 if TYPE_CHECKING:
     from xmoe.torch_backend import quantize_ as quantize_
+    from xmoe.torch_backend import summary as summary
 
 __version__ = "0.1.0"
 
+_OF_TORCH = ("quantize_", "summary")
+
 
 def __getattr__(name: str) -> Any:
-    if name == "quantize_":  # xmoe.torch_backend's, imported on first use: `import xmoe` loads neither torch nor jax
-        from xmoe.torch_backend import quantize_
+    if name in _OF_TORCH:  # imported on first use: `import xmoe` loads neither torch nor jax
+        from xmoe import torch_backend
 
-        return quantize_
+        return getattr(torch_backend, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "quantize_"])
+    return sorted([*globals(), *_OF_TORCH])

@@ -1,0 +1,298 @@
+"""MoE models of transformers, as they are: tiny, with random weights, built from their configs."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.torch_backend.compiling import BACKEND, assert_compiled_close
+from xmoe.config import config_from_recipe
+from xmoe.oracle import sqnr
+from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm, tensor
+
+transformers = pytest.importorskip("transformers", minversion="5")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+}
+"""Those of them that a config knows are set."""
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8}
+GROUPED: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "qwen3_next": LINEAR_ATTENTION,
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "olmoe": {},
+    "glm4_moe": {},
+    "phimoe": {},
+    "granitemoe": {},
+    "minimax_m2": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": MAMBA,  # not gated
+    "gpt_oss": {},  # weights [E, K, N]; biases added in place to the output
+    "aria_text": {},  # weights [E, K, N]
+}
+"""Those with ``experts_implementation="grouped_mm"``."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "llama4_text": {"intermediate_size_mlp": 32, "interleave_moe_layer_step": 1},  # bmm
+    "jetmoe": {"kv_channels": 16},  # a linear per expert, in attention too
+    "longcat_flash": {"num_layers": 1, "ffn_hidden_size": 32, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+}
+"""Those that compute experts in a way of their own."""
+
+
+def build(name: str, implementation: str | None = "grouped_mm", dtype: torch.dtype = torch.float32) -> nn.Module:
+    known = transformers.AutoConfig.for_model(name).to_dict()
+    fields = {key: value for key, value in COMMON.items() if key in known} | {"num_local_experts": 4}
+    config = transformers.AutoConfig.for_model(name, **fields, **(GROUPED | OTHERS)[name])
+    torch.manual_seed(0)
+    chosen = {} if implementation is None else {"experts_implementation": implementation}
+    model = transformers.AutoModelForCausalLM.from_config(config, **chosen)
+    return model.to(dtype).train()
+
+
+IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def converted(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if isinstance(p, ScaledGroupedMMTensor)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the weights [G, K, N] of all GEMMs that ran quantized."""
+    seen: list[tuple[int, ...]] = []
+    original = tensor.grouped_mm_by_key
+
+    def counted(A: Tensor, B: Tensor, offs: Tensor, key: str) -> Tensor:
+        seen.append(tuple(B.shape))
+        return original(A, B, offs, key)
+
+    monkeypatch.setattr(tensor, "grouped_mm_by_key", counted)
+    return seen
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_gemms(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]) -> None:
+    """Loss and all gradients have the bits of the same model around `scaled_grouped_mm`."""
+    model, reference = build(name), build(name)
+    plain = F.grouped_mm
+    quantize_(model, "fp8_rowwise", verbose=False)
+    experts = converted(model)
+    assert experts
+    assert all("experts" in name for name in experts)
+    loss, gradients = loss_and_gradients(model)
+    assert len(calls) == len(experts)
+    monkeypatch.setattr(F, "grouped_mm", lambda A, B, offs: scaled_grouped_mm(A, B, offs, "fp8_rowwise"))
+    expected_loss, expected = loss_and_gradients(reference)
+    assert torch.equal(loss, expected_loss)
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        assert type(gradient) is Tensor, parameter
+        assert torch.equal(gradient, expected[parameter]), parameter
+    monkeypatch.setattr(F, "grouped_mm", plain)
+    exact_loss, exact = loss_and_gradients(build(name))
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=2e-3)
+    assert not torch.equal(gradients[experts[0]], exact[experts[0]])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_experts(name: str, calls: list[tuple[int, ...]]) -> None:
+    """bmm with equal groups, a linear for each expert: all run quantized."""
+    model, reference = build(name, None), build(name, None)
+    quantize_(model, "mxfp8_rceil", verbose=False)
+    loss, gradients = loss_and_gradients(model)
+    ran_quantized(model, calls)
+    exact, expected = loss_and_gradients(reference)
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    for parameter in converted(model):
+        assert 20 <= db(expected[parameter], gradients[parameter]) < 60
+
+
+@pytest.mark.parametrize(("implementation", "least"), [("eager", 60), ("batched_mm", 20)])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_other_implementations(name: str, implementation: str, least: float, calls: list[tuple[int, ...]]) -> None:
+    """As ``grouped_mm``, but that ``batched_mm`` gathers a weight for each token, whose gradients it sums."""
+    model, reference = build(name, implementation), build(name)
+    for each in (model, reference):
+        quantize_(each, "mxfp8_rceil", verbose=False)
+    loss, gradients = loss_and_gradients(model)
+    ran_quantized(model, calls)
+    grouped, expected = loss_and_gradients(reference)
+    assert loss.item() == pytest.approx(grouped.item(), rel=1e-6)
+    for parameter in converted(model):
+        assert db(expected[parameter], gradients[parameter]) >= least, parameter
+
+
+def ran_quantized(model: nn.Module, calls: list[tuple[int, ...]]) -> None:
+    """All of the converted weights, by their shapes, on either side of the product."""
+    weights = {tuple(sorted(model.get_parameter(name).shape[1:])) for name in converted(model)}
+    assert weights
+    assert {tuple(sorted(shape[1:])) for shape in calls} == weights
+
+
+def db(expected: Tensor, got: Tensor) -> float:
+    assert type(got) is Tensor
+    return sqnr(expected.double().numpy(), got.double().numpy())
+
+
+def experts_of(dtype: torch.dtype, recipe: str | None = "fp8_rowwise") -> Any:
+    model = build("qwen3_moe", dtype=dtype)
+    if recipe:
+        quantize_(model, recipe, verbose=False)
+    return model.model.layers[0].mlp.experts
+
+
+def routed(dtype: torch.dtype, most: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, experts, their weights) of a layer."""
+    return torch.randn(24, 32, dtype=dtype), torch.randint(0, most, (24, 2)), torch.rand(24, 2, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_experts(dtype: torch.dtype) -> None:
+    """In float32 transformers calls an op of its own, ``transformers::grouped_mm_fallback``."""
+    eager, compiled, inputs = experts_of(dtype), experts_of(dtype), routed(dtype)
+    out, expected = torch.compile(compiled, backend=BACKEND, fullgraph=True)(*inputs), eager(*inputs)
+    assert_compiled_close(out, expected)
+    assert not torch.equal(expected, experts_of(dtype, None)(*inputs))
+    for y in (out, expected):
+        y.sin().sum().backward()
+    assert_compiled_close(compiled.down_proj.grad, eager.down_proj.grad)
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_autocast(weights: torch.dtype) -> None:
+    """It leaves grouped GEMMs alone: the output has the dtype that the unconverted experts give."""
+    x, experts, scores = routed(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experts_of(weights)(x, experts, scores).dtype == experts_of(weights, None)(x, experts, scores).dtype
+
+
+def test_expert_parallel_sentinels() -> None:
+    """Tokens of other ranks come last: rows past the last offset, which give nothing and get no gradient."""
+    module, (x, experts, scores) = experts_of(torch.bfloat16), routed(torch.bfloat16, most=7)
+    module._is_expert_parallel = True
+    x.requires_grad_()
+    y = module(x, experts, scores * (experts < 4))
+    y.sin().sum().backward()
+    elsewhere = (experts >= 4).all(-1)
+    assert elsewhere.any()
+    assert not y[elsewhere].any()
+    assert not x.grad[elsewhere].any()
+    assert x.grad.isfinite().all()
+    assert module.down_proj.grad.isfinite().all()
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    """``save_pretrained`` writes plain tensors; ``from_pretrained`` reads them, and they can be converted again."""
+    model = build("qwen3_moe")
+    quantize_(model, "fp8_rowwise", verbose=False)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    assert not converted(again)
+    for (name, saved), loaded in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(saved.detach().as_subclass(Tensor), loaded), name
+    quantize_(again, "fp8_rowwise", verbose=False)
+    assert torch.equal(loss_and_gradients(model)[0], loss_and_gradients(again)[0])
+
+
+def test_generate() -> None:
+    """Token by token transformers gathers a weight for each token (``batched_mm``)."""
+    model = build("qwen3_moe").eval()
+    plain = copy.deepcopy(model)
+    quantize_(model, "mxfp8_rceil", verbose=False)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ours, theirs = (m.generate(IDS[:1], **options) for m in (model, plain))
+    assert ours.sequences.shape == (1, 16)
+    assert sqnr(theirs.logits[0].double().numpy(), ours.logits[0].double().numpy()) >= 20
+    assert not torch.equal(ours.logits[0], theirs.logits[0])
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    def arguments(**kwargs: Any) -> Any:
+        return transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            logging_steps=1,
+            seed=0,
+            **kwargs,
+        )
+
+    return arguments
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"bf16": True, "gradient_checkpointing": True}, {}])
+def test_trainer(options: dict[str, Any], quiet: Callable[..., Any], calls: list[tuple[int, ...]]) -> None:
+    """Its autocast, accumulation of gradients, clipping and optimizer; the loss goes down as it does without us."""
+    data = [{"input_ids": row, "labels": row} for row in torch.arange(8).repeat(16, 2) + 3]
+    losses = []
+    for recipe in (None, "fp8_rowwise"):
+        model = build("qwen3_moe")
+        if recipe:
+            quantize_(model, config_from_recipe(recipe), verbose=False)
+        args = quiet(max_steps=8, gradient_accumulation_steps=2, **options)
+        trainer = transformers.Trainer(model=model, args=args, train_dataset=data)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert calls
+    assert losses[1][-1] < 0.9 * losses[1][0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
