@@ -1,7 +1,7 @@
 """SwiGLU experts in one piece: what `xmoe.kernels.pipeline` is for one grouped GEMM, for the three of an expert.
 
 M rows sorted by expert, D model width, H hidden width, G experts held here, Mp padded tokens (`xmoe.operands`).
-Weights are stored as PyTorch stores linear ones: w1, w3 [G, H, D] and w2 [G, D, H], contiguous.
+Weights are stored as PyTorch stores linear ones: w1, w3 [G, H, D] and w2 [G, D, H], rows contiguous.
 
     g = x w1^T, u = x w3^T      h = silu(g) u      out = h w2^T
 
@@ -77,7 +77,7 @@ def forward(
 
     Args:
         x: bf16 or fp32 [M, D] or, with ``order``, [M / k, D], contiguous.
-        w1, w2, w3: bf16 or fp32, [G, H, D], [G, D, H], [G, H, D], contiguous; or all prepared (`prepare_weights`).
+        w1, w2, w3: bf16 or fp32, [G, H, D], [G, D, H], [G, H, D], rows contiguous; or prepared (`prepare_weights`).
         offs: int32 [G], cumulative group ends; any values (docs/design.md).
         outputs, scratch: by the names of `forward_spec`, contiguous.
         order: int32 or int64 [M], the slot of each row (`permute.py`), if x is not sorted.

@@ -21,6 +21,7 @@ from xmoe.torch_backend.experts_ops import (
     GRADIENT,
     SAVED,
     arguments,
+    by_rows,
     check,
     experts_of,
     swiglu,
@@ -33,7 +34,6 @@ from xmoe.torch_backend.grouped_mm import grouped_mm_by_key
 from xmoe.torch_backend.ops import (
     DTYPES,
     LIBRARY,
-    aligned,
     backward,
     differentiable_once,
     direct,
@@ -114,7 +114,7 @@ def _prepare(
     check(*arguments(x, w1, w2, w3, offs))
     e = experts_of(0, w1.shape, x.dtype, w1.dtype, config)
     view = pipeline.device_of(x.device.type, x.device.index)
-    weights = (aligned(w.contiguous()) for w in (w1, w2, w3))
+    weights = map(by_rows, (w1, w2, w3))
     packed = [pack(operand) for operand in experts.prepare_weights(e, config, view, *weights)]
     of_forward, of_backward = ([tensor for pair in half for tensor in pair] for half in (packed[:3], packed[3:]))
     return of_forward, of_backward

@@ -104,6 +104,11 @@ def experts_of(
     return experts.Experts(M, D, H, G, DTYPES[x_dtype], DTYPES[w_dtype], config.out_dtype or DTYPES[x_dtype], k)
 
 
+def by_rows(w: Tensor) -> Tensor:
+    """w [G, P, C], or a copy, with C contiguous and where TMA can read it."""
+    return aligned(w if w.stride(2) == 1 else w.contiguous())
+
+
 def _rows_and_k(x: Tensor, order: Tensor | None) -> tuple[int, int]:
     """M and the k of `Experts`. (No tokens go to one expert each.)"""
     if order is None:
@@ -193,7 +198,7 @@ def swiglu_experts_forward(
         check_offsets(offs, M)
     outputs, scratch = allocate(plan.outputs, x.device), arena(plan.scratch, x.device)
     x, order = aligned(x.contiguous()), None if order is None else order.contiguous()
-    b1, b2, b3 = _unpack(prepared, 3) if prepared else [aligned(w.contiguous()) for w in (w1, w2, w3)]
+    b1, b2, b3 = _unpack(prepared, 3) if prepared else [by_rows(w) for w in (w1, w2, w3)]
     experts.forward(plan.experts, plan.config, plan.view, x, b1, b2, b3, offs.contiguous(), outputs, scratch, order)
     return outputs["out"], *_named(SAVED, outputs, x)
 
@@ -281,7 +286,7 @@ def swiglu_experts_dgrad(
     flags = bool(prepared), w13_amax is not None
     plan = _plan("dgrad", d.shape[0], w1.shape, x_dtype, w1.dtype, d.device, config_key, k, *flags)
     outputs, scratch = allocate(plan.outputs, d.device), arena(plan.scratch, d.device)
-    w13 = unpack(prepared) if prepared else [aligned(w.contiguous()) for w in (w1, w3)]
+    w13 = unpack(prepared) if prepared else [by_rows(w) for w in (w1, w3)]
     scale = d_scale if d_scale.numel() else None
     rest = offs.contiguous(), outputs, scratch, _maps(maps), w13_amax, place
     experts.dgrad(plan.experts, plan.config, plan.view, d, scale, w13, *rest)

@@ -14,6 +14,7 @@ from xmoe.fqn import DEFAULT, UNMATCHED, FqnToConfig, Unmatched, enclosing
 from xmoe.operands import FEATURE_MULTIPLE
 from xmoe.torch_backend.summary import table
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
+from xmoe.torch_backend.transformers import adopt
 from xmoe.torch_backend.unquantized import remember, warn_of_kernels
 from xmoe.torch_backend.wrapper import unwrap
 
@@ -109,6 +110,7 @@ def quantize_(
         converted[" = ".join(owner.fqn for owner in owners)] = new
         warn_of_kernels(owners[0].module, owners[0].fqn)
     remember(converted)
+    adopt(owner.module for owners, _ in matched for owner in owners)
     if verbose and matched:
         logger.info("quantize_: %d of %d expert parameters\n%s", len(matched), len(parameters), table(converted))
 

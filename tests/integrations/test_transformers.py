@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.torch_backend.compiling import BACKEND, assert_compiled_close
 from xmoe.config import config_from_recipe
+from xmoe.fqn import FqnToConfig
 from xmoe.oracle import sqnr
 from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm, tensor
 
@@ -130,6 +131,7 @@ def test_grouped_gemms(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[t
     model, reference = build(name), build(name)
     plain = F.grouped_mm
     quantize_(model, "fp8_rowwise", verbose=False)
+    model.set_experts_implementation("grouped_mm")  # from "xmoe"
     experts = converted(model)
     assert experts
     assert all("experts" in name for name in experts)
@@ -176,6 +178,45 @@ def test_other_implementations(name: str, implementation: str, least: float, cal
         assert db(expected[parameter], gradients[parameter]) >= least, parameter
 
 
+FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "phimoe")
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil_wgrad_with_hp"])
+@pytest.mark.parametrize("name", [*FUSED, "granitemoe", "minimax_m2", "lfm2_moe"])
+def test_fused_experts(name: str, recipe: str, calls: list[tuple[int, ...]]) -> None:
+    """`quantize_` chooses the implementation "xmoe", whose GEMMs are those of "grouped_mm"; the sums between differ."""
+    model, reference = build(name), build(name)
+    for each in (model, reference):
+        quantize_(each, recipe, verbose=False)
+    assert model.config._experts_implementation == "xmoe"
+    loss, gradients = loss_and_gradients(model)
+    assert not calls  # of GEMMs one by one
+    reference.set_experts_implementation("grouped_mm")
+    expected_loss, expected = loss_and_gradients(reference)
+    assert calls
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for parameter in converted(model):
+        assert db(expected[parameter], gradients[parameter]) >= 30, parameter
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h", "aria_text"])
+def test_experts_that_are_not_swiglu_keep_their_implementation(name: str) -> None:
+    model = build(name)
+    quantize_(model, "fp8_rowwise", verbose=False)
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_fused_implementation_of_plain_weights() -> None:
+    """It is "grouped_mm" there."""
+    model, reference = build("qwen3_moe"), build("qwen3_moe")
+    quantize_(model, FqnToConfig({"re:.*layers.0.*": config_from_recipe("bf16"), "_default": None}), verbose=False)
+    assert model.config._experts_implementation == "xmoe"
+    layers = [m.model.layers[1].mlp.experts for m in (model, reference)]
+    inputs = routed(torch.float32)
+    assert torch.equal(layers[0](*inputs), layers[1](*inputs))
+
+
 def ran_quantized(model: nn.Module, calls: list[tuple[int, ...]]) -> None:
     """All of the converted weights, by their shapes, on either side of the product."""
     weights = {tuple(sorted(model.get_parameter(name).shape[1:])) for name in converted(model)}
@@ -188,10 +229,11 @@ def db(expected: Tensor, got: Tensor) -> float:
     return sqnr(expected.double().numpy(), got.double().numpy())
 
 
-def experts_of(dtype: torch.dtype, recipe: str | None = "fp8_rowwise") -> Any:
+def experts_of(dtype: torch.dtype, recipe: str | None = "fp8_rowwise", implementation: str = "grouped_mm") -> Any:
     model = build("qwen3_moe", dtype=dtype)
     if recipe:
         quantize_(model, recipe, verbose=False)
+        model.set_experts_implementation(implementation)
     return model.model.layers[0].mlp.experts
 
 
@@ -200,10 +242,12 @@ def routed(dtype: torch.dtype, most: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(24, 32, dtype=dtype), torch.randint(0, most, (24, 2)), torch.rand(24, 2, dtype=dtype)
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "xmoe"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiled_experts(dtype: torch.dtype) -> None:
-    """In float32 transformers calls an op of its own, ``transformers::grouped_mm_fallback``."""
-    eager, compiled, inputs = experts_of(dtype), experts_of(dtype), routed(dtype)
+def test_compiled_experts(dtype: torch.dtype, implementation: str) -> None:
+    """In float32 transformers' "grouped_mm" calls an op of its own, ``transformers::grouped_mm_fallback``."""
+    eager, compiled = (experts_of(dtype, implementation=implementation) for _ in range(2))
+    inputs = routed(dtype)
     out, expected = torch.compile(compiled, backend=BACKEND, fullgraph=True)(*inputs), eager(*inputs)
     assert_compiled_close(out, expected)
     assert not torch.equal(expected, experts_of(dtype, None)(*inputs))
@@ -212,17 +256,21 @@ def test_compiled_experts(dtype: torch.dtype) -> None:
     assert_compiled_close(compiled.down_proj.grad, eager.down_proj.grad)
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "xmoe"])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
-def test_autocast(weights: torch.dtype) -> None:
+def test_autocast(weights: torch.dtype, implementation: str) -> None:
     """It leaves grouped GEMMs alone: the output has the dtype that the unconverted experts give."""
     x, experts, scores = routed(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert experts_of(weights)(x, experts, scores).dtype == experts_of(weights, None)(x, experts, scores).dtype
+        out = experts_of(weights, implementation=implementation)(x, experts, scores)
+        assert out.dtype == experts_of(weights, None)(x, experts, scores).dtype
 
 
-def test_expert_parallel_sentinels() -> None:
+@pytest.mark.parametrize("implementation", ["grouped_mm", "xmoe"])
+def test_expert_parallel_sentinels(implementation: str) -> None:
     """Tokens of other ranks come last: rows past the last offset, which give nothing and get no gradient."""
-    module, (x, experts, scores) = experts_of(torch.bfloat16), routed(torch.bfloat16, most=7)
+    module = experts_of(torch.bfloat16, implementation=implementation)
+    x, experts, scores = routed(torch.bfloat16, most=7)
     module._is_expert_parallel = True
     x.requires_grad_()
     y = module(x, experts, scores * (experts < 4))
@@ -244,12 +292,13 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert not converted(again)
     for (name, saved), loaded in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(saved.detach().as_subclass(Tensor), loaded), name
+    assert again.config._experts_implementation == "grouped_mm"
     quantize_(again, "fp8_rowwise", verbose=False)
     assert torch.equal(loss_and_gradients(model)[0], loss_and_gradients(again)[0])
 
 
 def test_generate() -> None:
-    """Token by token transformers gathers a weight for each token (``batched_mm``)."""
+    """Few tokens take a weight each (``batched_mm``)."""
     model = build("qwen3_moe").eval()
     plain = copy.deepcopy(model)
     quantize_(model, "mxfp8_rceil", verbose=False)
@@ -280,7 +329,7 @@ def quiet(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"bf16": True, "gradient_checkpointing": True}, {}])
-def test_trainer(options: dict[str, Any], quiet: Callable[..., Any], calls: list[tuple[int, ...]]) -> None:
+def test_trainer(options: dict[str, Any], quiet: Callable[..., Any]) -> None:
     """Its autocast, accumulation of gradients, clipping and optimizer; the loss goes down as it does without us."""
     data = [{"input_ids": row, "labels": row} for row in torch.arange(8).repeat(16, 2) + 3]
     losses = []
@@ -292,7 +341,6 @@ def test_trainer(options: dict[str, Any], quiet: Callable[..., Any], calls: list
         trainer = transformers.Trainer(model=model, args=args, train_dataset=data)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert calls
     assert losses[1][-1] < 0.9 * losses[1][0]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[1] != losses[0]

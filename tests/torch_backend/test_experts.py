@@ -250,6 +250,21 @@ def test_no_tokens_and_odd_layouts() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil"])
+def test_halves_of_one_weight(recipe: str, device: str) -> None:
+    """Gate and up as views of one parameter [G, 2H, D] have the bits of two parameters."""
+    x, w1, w2, w3, offs = (t.detach().to(device).requires_grad_(t.is_floating_point()) for t in problem())
+    expected = step(swiglu_experts, x, w1, w2, w3, offs, recipe)
+    w13 = torch.cat([w1.detach(), w3.detach()], 1).requires_grad_()
+    gate, up = w13.chunk(2, dim=1)
+    assert not gate.is_contiguous()
+    out = swiglu_experts(x.detach(), gate, w2, up, offs, recipe)
+    assert torch.equal(out, expected[0])
+    out.backward(torch.ones_like(out) / 8)
+    assert torch.equal(w13.grad, torch.cat([expected[2], expected[4]], 1))
+
+
 def test_module_uses_it_where_all_weights_are_wrapped_alike() -> None:
     x, w1, w2, w3, offs = problem()
     experts = GroupedExperts(D, H, G, dtype=torch.bfloat16)
