@@ -41,10 +41,10 @@ examples:
 _BENCH_COMMANDS = {
     "grouped-mm": "one grouped GEMM: the bare forward, and forward and backward",
     "quantize": "the quantizers, beside a device copy",
-    "layer": "SwiGLU experts and the whole MoE layer, forward and backward",
+    "layer": "SwiGLU experts, the whole MoE layer and that of transformers, forward and backward",
     "overhead": "the host time of one op, and a step of a small model, eager and from a CUDA graph",
 }
-_PEERS = {"grouped-mm": "torch, torchao, jax, tokamax", "layer": "torch, torchao", "overhead": "torchao"}
+_PEERS = {"grouped-mm": "torch, torchao, jax, tokamax", "layer": "torch, torchao, transformers", "overhead": "torchao"}
 # Options that set a field of TrainConfig each: (option, field, type, help).
 _FIELDS = (
     ("--steps", "steps", int, "optimiser steps"),

@@ -92,11 +92,11 @@ def test_bad_files(tmp_path: Path, command: str, text: str, message: str) -> Non
 def test_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "_is_installed", lambda package: package != "tokamax")
     assert find_peers("grouped-mm", None) == ("torch", "torchao", "jax")
-    assert find_peers("layer", None) == ("torch", "torchao")
+    assert find_peers("layer", None) == ("torch", "torchao", "transformers")
     assert find_peers("grouped-mm", "jax, torch,jax") == ("jax", "torch")
     with pytest.raises(UserError, match="--peers: tokamax is not installed; run: pip install tokamax"):
         find_peers("grouped-mm", "torch,tokamax")
-    with pytest.raises(UserError, match="--peers: 'jax' is not a peer of layer; use torch, torchao"):
+    with pytest.raises(UserError, match="--peers: 'jax' is not a peer of layer; use torch, torchao, transformers"):
         find_peers("layer", "jax")
 
 

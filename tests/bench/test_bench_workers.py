@@ -23,7 +23,7 @@ from xmoe.jax_frontend import bench as jax_bench
 from xmoe.kernels import emulation
 from xmoe.shapes import LayerShape, Shape
 from xmoe.torch_backend.bench import gpu, grouped_mm, peers
-from xmoe.torch_backend.bench.layer import EXPERTS, LAYER, moe
+from xmoe.torch_backend.bench.layer import BLOCK, EXPERTS, LAYER, moe
 from xmoe.torch_backend.bench.quantize import TABLE
 from xmoe.torch_backend.bench.run import measure_all
 
@@ -125,11 +125,13 @@ def test_quantize(events: Events, monkeypatch: pytest.MonkeyPatch, format: str) 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its compiler
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # in transformers
 @pytest.mark.parametrize("compiled", [False, True])
 def test_layer(events: Events, compiled: bool) -> None:
     recipes = ("fp8_rowwise",) if compiled else ("bf16", "fp8_rowwise", "mxfp8_floor")
-    rows = measured(Options("layer", (LAYERS,), recipes, ("torch",), compile=compiled, rounds=1), events)
-    for table in (EXPERTS, LAYER):
+    options = Options("layer", (LAYERS,), recipes, ("torch", "transformers"), compile=compiled, rounds=1)
+    rows = measured(options, events)
+    for table in (EXPERTS, LAYER, BLOCK):
         for name in (BF16, *(f"xmoe {recipe}" for recipe in recipes)):
             for kind in {False, compiled}:
                 row = rows[table, "tiny", name, kind]

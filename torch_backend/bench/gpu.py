@@ -17,7 +17,7 @@ import torch
 from xmoe.bench.harness import Timer
 
 T = TypeVar("T")
-PACKAGES = ("xmoe", "torch", "triton", "torchao", "jax", "tokamax")
+PACKAGES = ("xmoe", "torch", "triton", "torchao", "transformers", "jax", "tokamax")
 SMI_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "clocks.sm")
 """What nvidia-smi is asked; clocks.sm is the clock right after the ceilings were measured."""
 

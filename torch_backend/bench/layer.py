@@ -1,4 +1,4 @@
-"""The cases of ``xmoe bench layer``: SwiGLU experts alone, and the whole MoE layer, forward and backward.
+"""The cases of ``xmoe bench layer``: SwiGLU experts alone, the whole MoE layer, that of transformers' Qwen3-MoE.
 
 D = model width, H = hidden width of an expert, E = experts; weights in bf16, shared by all systems of a case.
 """
@@ -24,6 +24,7 @@ from xmoe.torch_backend.quantize import quantize_
 Model = TypeVar("Model", bound=nn.Module)
 EXPERTS = "SwiGLU experts, forward and backward"
 LAYER = "MoE layer, forward and backward"
+BLOCK = "transformers' Qwen3MoeSparseMoeBlock, forward and backward"
 WEIGHT_STD = 0.02
 
 
@@ -62,6 +63,34 @@ def layer_case(
     return _case(
         LAYER, options, shape, dims, capability, backend, make, x,
         call=lambda model, x: model(x), ends=(), sizes=sizes,
+    )  # fmt: skip
+
+
+def transformers_case(
+    options: Options, shape: LayerShape, device: torch.device, capability: tuple[int, int] | None, backend: str
+) -> Case:
+    """As `layer_case`, of transformers' layer with its grouped GEMMs; converted, xmoe's experts implementation."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3  # type: ignore (optional)
+
+    x = _normal(1, shape.tokens, shape.dim, device=device)
+
+    def make(where: torch.device | str) -> nn.Module:
+        config = qwen3.Qwen3MoeConfig(
+            hidden_size=shape.dim, moe_intermediate_size=shape.hidden, num_experts=shape.experts,
+            num_experts_per_tok=shape.top_k, norm_topk_prob=shape.top_k > 1, experts_implementation="grouped_mm",
+        )  # fmt: skip
+        with torch.device(where):
+            return qwen3.Qwen3MoeSparseMoeBlock(config).bfloat16()
+
+    def sizes(model: nn.Module) -> list[int]:
+        with torch.no_grad():
+            chosen = model.get_submodule("gate")(x)[-1]
+        return torch.bincount(chosen.flatten(), minlength=shape.experts).tolist()
+
+    dims = {"T": shape.tokens, "D": shape.dim, "H": shape.hidden, "E": shape.experts, "k": shape.top_k}
+    return _case(
+        BLOCK, options, shape, dims, capability, backend, make, x,
+        call=lambda model, x: (model(x),), ends=(), sizes=sizes,
     )  # fmt: skip
 
 
@@ -106,7 +135,7 @@ def _case(
     dOut = _normal(*x.shape, device=x.device)
 
     def convert_with_torchao(model: nn.Module) -> None:
-        peers.convert(model, lambda module, _: isinstance(module, GroupedExperts))
+        peers.convert(model, lambda module, _: any(p.ndim == 3 for p in module.parameters(recurse=False)))
 
     models: dict[str, tuple[nn.Module, str, str]] = {BF16: (base, "bf16", "bf16")}
     for recipe in options.recipes:
@@ -159,7 +188,13 @@ def _case(
                 )
             )
     return Case(
-        table=table, shape=shape.name, dims=dims, tokens=x.shape[0], systems=systems, missing=missing, clean=clean
+        table=table,
+        shape=shape.name,
+        dims=dims,
+        tokens=x.shape[:-1].numel(),
+        systems=systems,
+        missing=missing,
+        clean=clean,
     )
 
 

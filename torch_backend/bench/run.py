@@ -66,7 +66,8 @@ def makers(
     """All cases of ``options``, by the name of what they measure, to be made one at a time."""
     for shape in options.shapes:
         if isinstance(shape, LayerShape):
-            for make in (layer.experts_case, layer.layer_case):
+            of_transformers = (layer.transformers_case,) if "transformers" in options.peers else ()
+            for make in (layer.experts_case, layer.layer_case, *of_transformers):
                 yield shape.name, partial(make, options, shape, device, capability, backend)
         elif isinstance(shape, StackShape):
             for captured in (False, True):

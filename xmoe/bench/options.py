@@ -17,13 +17,19 @@ COMMANDS = ("grouped-mm", "quantize", "layer", "overhead")
 PEERS = {
     "torch": "pip install torch",
     "torchao": "pip install torchao",
+    "transformers": 'pip install "xmoe[hf]"',
     "jax": 'pip install "xmoe[jax,cuda]"',
     "tokamax": "pip install tokamax",
 }
 """Other systems, with what installs each."""
 JAX_PEERS = ("jax", "tokamax")
 """Those that run in the JAX worker, beside xmoe's own JAX frontend."""
-PEERS_OF = {"grouped-mm": tuple(PEERS), "layer": ("torch", "torchao"), "quantize": (), "overhead": ("torchao",)}
+PEERS_OF = {
+    "grouped-mm": ("torch", "torchao", "jax", "tokamax"),
+    "layer": ("torch", "torchao", "transformers"),
+    "quantize": (),
+    "overhead": ("torchao",),
+}
 AnyShape = Shape | LayerShape | StackShape
 SHAPES: dict[str, tuple[AnyShape, ...]] = {
     "grouped-mm": MODELS,
