@@ -77,7 +77,8 @@ def transformers_case(
     def make(where: torch.device | str) -> nn.Module:
         config = qwen3.Qwen3MoeConfig(
             hidden_size=shape.dim, moe_intermediate_size=shape.hidden, num_experts=shape.experts,
-            num_experts_per_tok=shape.top_k, norm_topk_prob=shape.top_k > 1, experts_implementation="grouped_mm",
+            num_experts_per_tok=shape.top_k, norm_topk_prob=shape.top_k > 1,
+            experts_implementation="grouped_mm",  # type: ignore (of every config)
         )  # fmt: skip
         with torch.device(where):
             return qwen3.Qwen3MoeSparseMoeBlock(config).bfloat16()
