@@ -102,7 +102,8 @@ IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = model(input_ids=IDS, labels=IDS).loss
+    ids = IDS.to(model.device)  # type: ignore (every model of transformers has one)
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -125,11 +126,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@DEVICES
 @pytest.mark.parametrize("name", GROUPED)
-def test_grouped_gemms(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]) -> None:
+def test_grouped_gemms(name: str, device: str, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]) -> None:
     """Loss and all gradients have the bits of the same model around `scaled_grouped_mm`."""
-    model, reference = build(name), build(name)
-    plain = F.grouped_mm
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, reference, plain = (build(name, dtype=dtype).to(device) for _ in range(3))
+    original = F.grouped_mm
     quantize_(model, "fp8_rowwise", verbose=False)
     model.set_experts_implementation("grouped_mm")  # from "xmoe"
     experts = converted(model)
@@ -144,8 +150,8 @@ def test_grouped_gemms(name: str, monkeypatch: pytest.MonkeyPatch, calls: list[t
     for parameter, gradient in gradients.items():
         assert type(gradient) is Tensor, parameter
         assert torch.equal(gradient, expected[parameter]), parameter
-    monkeypatch.setattr(F, "grouped_mm", plain)
-    exact_loss, exact = loss_and_gradients(build(name))
+    monkeypatch.setattr(F, "grouped_mm", original)
+    exact_loss, exact = loss_and_gradients(plain)
     assert loss.item() == pytest.approx(exact_loss.item(), rel=2e-3)
     assert not torch.equal(gradients[experts[0]], exact[experts[0]])
 
@@ -181,11 +187,12 @@ def test_other_implementations(name: str, implementation: str, least: float, cal
 FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "phimoe")
 
 
+@DEVICES
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil_wgrad_with_hp"])
 @pytest.mark.parametrize("name", [*FUSED, "granitemoe", "minimax_m2", "lfm2_moe"])
-def test_fused_experts(name: str, recipe: str, calls: list[tuple[int, ...]]) -> None:
+def test_fused_experts(name: str, recipe: str, device: str, calls: list[tuple[int, ...]]) -> None:
     """`quantize_` chooses the implementation "xmoe", whose GEMMs are those of "grouped_mm"; the sums between differ."""
-    model, reference = build(name), build(name)
+    model, reference = (build(name).to(device) for _ in range(2))
     for each in (model, reference):
         quantize_(each, recipe, verbose=False)
     assert model.config._experts_implementation == "xmoe"
