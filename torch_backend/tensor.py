@@ -1,6 +1,7 @@
 """The wrapper of expert weights: it makes their grouped and batched GEMMs run in low precision."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from xmoe.torch_backend.experts import swiglu_experts_by_key
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
+from xmoe.torch_backend.observe import observed_grouped_mm, observed_swiglu_experts, observers
 from xmoe.torch_backend.wrapper import WrappedWeight, unwrap
 
 
@@ -34,14 +36,17 @@ def _key(weight: Tensor) -> str:
 def _product(A: Tensor, B: Tensor, offs: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """[M, N] of A [M, K] and the wrapped B [G, K, N], in `out_dtype` or the dtype of A."""
     key, half = _key(B), torch.float16
+    product: Callable[..., Tensor] = grouped_mm_by_key
     if not torch.compiler.is_compiling():  # what the ops save for the backward is plain
         A, B, offs = unwrap(A), unwrap(B), unwrap(offs)
+        if observers:
+            product = partial(observed_grouped_mm, weight=B)
     out_dtype = out_dtype or A.dtype
     if half in (A.dtype, B.dtype):  # exact in float32, which the kernels read
         A, B = (x.float() if x.dtype == half else x for x in (A, B))
     if out_dtype == half:
-        return grouped_mm_by_key(A, B, offs, key_with_out_dtype(key, torch.float32)).half()
-    return grouped_mm_by_key(A, B, offs, key_with_out_dtype(key, out_dtype) if out_dtype != A.dtype else key)
+        return product(A, B, offs, key_with_out_dtype(key, torch.float32)).half()
+    return product(A, B, offs, key_with_out_dtype(key, out_dtype) if out_dtype != A.dtype else key)
 
 
 def _grouped_mm(
@@ -148,4 +153,6 @@ def wrapped_swiglu_experts(
     with torch._C.DisableTorchFunctionSubclass():
         if not torch.compiler.is_compiling():
             x, w1, w2, w3 = unwrap(x), unwrap(w1), unwrap(w2), unwrap(w3)
+            if observers:
+                return observed_swiglu_experts(x, w1, w2, w3, offs, key, order)
         return swiglu_experts_by_key(x, w1, w2, w3, offs, key, order)
