@@ -142,7 +142,7 @@ class Monitor:
         found, seen = {}, set()
         for module_name, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(parameter, WrappedWeight) and id(parameter) not in seen:
+                if isinstance(_local(parameter), WrappedWeight) and id(parameter) not in seen:
                     seen.add(id(parameter))
                     found[f"{module_name}.{name}".removeprefix(".")] = module, name
         return found
@@ -158,7 +158,7 @@ class Monitor:
     def _owner(self, x: Tensor) -> str | None:
         address = x.data_ptr()
         for name, (module, attribute) in self._names.items():
-            parameter = unwrap(getattr(module, attribute))  # FSDP puts another in its place for the forward
+            parameter = unwrap(_local(getattr(module, attribute)))  # FSDP puts another in its place for the forward
             start = parameter.data_ptr()
             if x.device == parameter.device and start <= address < start + parameter.nbytes:
                 return name
@@ -236,8 +236,13 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's part of a DTensor; anything else as it is."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
 def _leaves(x: Tensor) -> list[Tensor]:
-    """The leaf tensors that x is computed of, in autograd's graph. (Of a weight: casts, views and joins, a few nodes.)"""
+    """The leaf tensors that x is computed of, in autograd's graph: of a weight a few casts, views and joins away."""
     leaves, nodes, seen = [], [x.grad_fn], set()
     while nodes:
         node = nodes.pop()

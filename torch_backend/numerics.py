@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from xmoe.config import GroupedMMConfig
@@ -100,9 +99,7 @@ def measure(
     for index, part in enumerate(parts):
         weight = of_weights(B[..., part].mT, forward, (slice(None),))[0]
         gemms = {
-            "fwd": Gemm(
-                {"activation": activation, "weight": weight}, energy(out[:, part], out_ref[:, part], forward)
-            )
+            "fwd": Gemm({"activation": activation, "weight": weight}, energy(out[:, part], out_ref[:, part], forward))
         }
         if dA is not None:
             gemms["dgrad"] = Gemm({"gradient": gradients[index], "weight": along_n[index]}, dA_energy)

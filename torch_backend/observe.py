@@ -22,6 +22,7 @@ from xmoe.torch_backend.combine import permute_tokens
 from xmoe.torch_backend.experts import swiglu_experts_by_key
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
 from xmoe.torch_backend.numerics import Gemm, Results, measure
+from xmoe.torch_backend.weight_cache import paused
 
 _BF16 = config_from_recipe(BF16GroupedMMRecipe.BF16).to_key()
 
@@ -41,7 +42,7 @@ observers: list[Observer] = []
 
 
 def observed_grouped_mm(A: Tensor, B: Tensor, offs: Tensor, config_key: str, weight: Tensor) -> Tensor:
-    """``grouped_mm_by_key(A, B, offs, config_key)``, measured for the observer that knows `weight`, which B comes of."""
+    """``grouped_mm_by_key`` of the first four, measured for the observer that knows `weight`, which B is made of."""
     observer, name = _find(weight)
     if observer is None or name is None:
         return grouped_mm_by_key(A, B, offs, config_key)
@@ -99,7 +100,8 @@ class _Observed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.backward_of(ctx.saved_tensors, gradients[0], ctx.needs_input_grad[2:])
+        with paused():  # what is detached here would fill the cache, to no use
+            return None, None, *ctx.backward_of(ctx.saved_tensors, gradients[0], ctx.needs_input_grad[2:])
 
 
 def _differentiated(
