@@ -249,8 +249,8 @@ def _leaves(x: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
         nodes += [following for following, _ in reversed(node.next_functions)]
     return leaves
 

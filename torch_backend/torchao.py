@@ -11,9 +11,9 @@ import logging
 from typing import Any
 
 from torch import nn
-from torchao.core.config import AOBaseConfig
-from torchao.quantization.transform_module import register_quantize_module_handler
-from torchao.utils import TorchAOBaseTensor
+from torchao.core.config import AOBaseConfig  # type: ignore (optional)
+from torchao.quantization.transform_module import register_quantize_module_handler  # type: ignore (optional)
+from torchao.utils import TorchAOBaseTensor  # type: ignore (optional)
 
 from xmoe.config import GroupedMMConfig
 from xmoe.fqn import FqnToConfig
