@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from xmoe.config import GroupedMMConfig
 from xmoe.kernels import emulation
 
-_E4M3_MAX = 448.0
 _PIECE = 1 << 24
 """Elements that are quantized at a time, about."""
 
@@ -179,7 +179,7 @@ def _tally(x: Tensor | None, data: Tensor | None, values: Tensor | None) -> Tall
     if data is None or values is None:
         return Tally(amax, None, None, x.numel())
     codes = data.float().abs()
-    saturated = int(((codes == _E4M3_MAX) & (magnitude > values.abs())).sum())
+    saturated = int(((codes == torch.finfo(data.dtype).max) & (magnitude > values.abs())).sum())
     flushed = int(((codes == 0) & (magnitude != 0)).sum())
     return Tally(amax, saturated, flushed, x.numel())
 
