@@ -459,3 +459,37 @@ def test_logger_is_the_modules(caplog: pytest.LogCaptureFixture) -> None:
     with monitor(model, every=1) as handle:
         handle.step()
     assert caplog.record_tuples[0][:2] == ("xmoe.torch_backend.monitor", logging.WARNING)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_a_gpu(recipe: str) -> None:
+    """The same bits; measured steps count what the emulation counts, and the others never wait for the device."""
+
+    def run(watched: bool) -> tuple[list[Tensor], list[Any]]:
+        model = converted(recipe, moe, dtype=torch.bfloat16).cuda()
+        records: list[Any] = []
+        handle = monitor(model, 2, records.append) if watched else None
+        bits: list[Tensor] = []
+        for step in range(4):
+            x = torch.randn(256, D, dtype=torch.bfloat16).cuda().requires_grad_()
+            torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")  # an odd step, everything compiled
+            try:
+                model(x)[0].float().square().mean().backward()
+                if handle and step == 3:
+                    handle.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            bits += [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            if handle and step < 3:
+                handle.step()
+        if handle:
+            handle.close()
+        return bits, records
+
+    unwatched, _ = run(False)
+    watched, records = run(True)
+    assert all(torch.equal(a, b) for a, b in zip(unwatched, watched, strict=True))
+    assert [record["step"] for record in records] == [0, 0, 0, 2, 2, 2]
+    if recipe != "bf16":
+        assert all(25 < record[gemm]["sqnr"] < 33 for record in records for gemm in ("fwd", "dgrad"))
