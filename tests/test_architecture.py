@@ -36,12 +36,15 @@ THIRD_PARTY = {
     "xmoe.kernels": TORCH,
     "xmoe.torch_backend": {"torch", "numpy"},
     "torch_backend/bench": {"torch", "torchao"},
+    "torch_backend/torchao.py": {"torch", "torchao"},
     "xmoe.jax_frontend": {"jax", "flax", "optax", "numpy", *TORCH},
     "jax_frontend/bench.py": {"jax", "tokamax", "absl"},
 }
 # Those that are imported inside functions only: `import xmoe.train.run` must do without, as --help does, until their
 # extra has been looked for, and a benchmark without the peers that are not installed.
 OPTIONAL = {"rich", "matplotlib", "safetensors", "torchao", "tokamax", "absl"}
+# Files that are for one of these, and that nothing imports where it may be missing.
+INTEGRATIONS = {"xmoe/train/screen.py", "torch_backend/torchao.py"}
 # The exceptions, and only inside functions.
 DEFERRED = {"jax_frontend/bridge.py": {*TORCH, "xmoe.kernels"}}
 # What the core may name inside functions. Importing it stays free of torch and jax (test_import_is_light).
@@ -114,7 +117,7 @@ def strangers(folder: str, relative: str, source: str, module: str) -> list[str]
         package = target.split(".")[0]
         if package in sys.stdlib_module_names or package == "xmoe":
             continue
-        early = package in OPTIONAL and not deferred and relative != "xmoe/train/screen.py"
+        early = package in OPTIONAL and not deferred and relative not in INTEGRATIONS
         if package not in THIRD_PARTY[folder] or early:
             found.append(f"{relative}:{line} imports {target}")
     return found
@@ -161,6 +164,8 @@ def test_third_party_imports(room: str, path: Path) -> None:
         ("torch_backend/bench", "torch_backend/bench/a.py", "import torchao", True),
         ("torch_backend/bench", "torch_backend/bench/a.py", "def f():\n    import torchao", False),
         ("xmoe.torch_backend", "torch_backend/a.py", "def f():\n    import torchao", True),
+        ("torch_backend/torchao.py", "torch_backend/torchao.py", "import torchao.core", False),
+        ("torch_backend/torchao.py", "torch_backend/torchao.py", "import einops", True),
         ("xmoe.jax_frontend", "jax_frontend/a.py", "import optax", False),
         ("jax_frontend/bench.py", "jax_frontend/bench.py", "import tokamax", True),
     ],

@@ -11,6 +11,7 @@ from xmoe.torch_backend.grouped_mm import (
     to_mxfp8_then_scaled_grouped_mm,
 )
 from xmoe.torch_backend.moe import MoE
+from xmoe.torch_backend.monitor import Monitor, monitor
 from xmoe.torch_backend.quantize import quantize_
 from xmoe.torch_backend.summary import summary
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
@@ -19,6 +20,7 @@ from xmoe.torch_backend.weight_cache import cache_weights
 
 __all__ = [
     "MoE",
+    "Monitor",
     "ScaledGroupedMMTensor",
     "_to_fp8_rowwise_then_scaled_grouped_mm",
     "_to_mxfp8_then_scaled_grouped_mm",
@@ -26,6 +28,7 @@ __all__ = [
     "cache_weights",
     "combine",
     "generate_jagged_offs",
+    "monitor",
     "permute_tokens",
     "quantize_",
     "scaled_grouped_mm",

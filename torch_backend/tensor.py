@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xmoe.torch_backend.experts import swiglu_experts_by_key
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
+from xmoe.torch_backend.observe import observed_grouped_mm, observed_swiglu_experts, observers
 from xmoe.torch_backend.wrapper import WrappedWeight, teach_compile, unwrap
 
 
@@ -52,15 +53,18 @@ def _key(cls: type[ScaledGroupedMMTensor], weight: Tensor) -> str:
 
 def _product(A: Tensor, B: Tensor, offs: Tensor, key: str, out_dtype: torch.dtype | None = None) -> Tensor:
     """[M, N] of A [M, K] and B [G, K, N], in `out_dtype` or the dtype of A."""
+    product: Callable[..., Tensor] = grouped_mm_by_key
     if not torch.compiler.is_compiling():  # what the ops save for the backward is plain
         A, B, offs = unwrap(A), unwrap(B), unwrap(offs)
+        if observers:
+            product = partial(observed_grouped_mm, weight=B)
     out_dtype = out_dtype or A.dtype
     half = torch.float16
     if half in (A.dtype, B.dtype):  # exact in float32, which the kernels read
         A, B = (x.float() if x.dtype == half else x for x in (A, B))
     if out_dtype == half:
-        return grouped_mm_by_key(A, B, offs, key_with_out_dtype(key, torch.float32)).half()
-    return grouped_mm_by_key(A, B, offs, key_with_out_dtype(key, out_dtype) if out_dtype != A.dtype else key)
+        return product(A, B, offs, key_with_out_dtype(key, torch.float32)).half()
+    return product(A, B, offs, key_with_out_dtype(key, out_dtype) if out_dtype != A.dtype else key)
 
 
 def _batched(A: Tensor, B: Tensor, key: str, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -177,4 +181,6 @@ def wrapped_swiglu_experts(
     with torch._C.DisableTorchFunctionSubclass():
         if not torch.compiler.is_compiling():
             x, w1, w2, w3 = unwrap(x), unwrap(w1), unwrap(w2), unwrap(w3)
+            if observers:
+                return observed_swiglu_experts(x, w1, w2, w3, offs, key, order)
         return swiglu_experts_by_key(x, w1, w2, w3, offs, key, order)

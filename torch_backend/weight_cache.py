@@ -1,6 +1,7 @@
 """Expert weights quantized once for several forwards and backwards: the micro-batches of one optimizer step."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,12 @@ class _Cache:
     """By views of leaf tensors: these (held, so that their ids stay theirs), their versions, the operands."""
 
 
+class _Thread(threading.local):
+    paused = False
+
+
 _active: _Cache | None = None
+_thread = _Thread()
 
 
 @contextlib.contextmanager
@@ -48,10 +54,20 @@ def cache_weights() -> Iterator[None]:
         _active = None
 
 
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Within it `cached` gives None on this thread: for products of passing tensors that look like weights."""
+    before, _thread.paused = _thread.paused, True
+    try:
+        yield
+    finally:
+        _thread.paused = before
+
+
 def cached(make: Callable[[], Any], key: Any, *weights: Tensor) -> Any:
     """``make()``, or what it gave before for the same `key` and the same values of these views of leaf tensors; None
-    outside `cache_weights` and for weights that it leaves alone."""
-    if _active is None or torch.compiler.is_compiling():
+    outside `cache_weights`, inside `paused` and for weights that it leaves alone."""
+    if _active is None or _thread.paused or torch.compiler.is_compiling():
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None  # a replay would go on with these values, or with memory that has been freed
