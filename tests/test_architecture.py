@@ -35,14 +35,14 @@ THIRD_PARTY = {
     "xmoe/bench": {"numpy", "rich", "matplotlib"},
     "xmoe.kernels": TORCH,
     "xmoe.torch_backend": {"torch", "numpy"},
-    "torch_backend/bench": {"torch", "torchao"},
+    "torch_backend/bench": {"torch", "torchao", "transformers"},
     "torch_backend/torchao.py": {"torch", "torchao"},
     "xmoe.jax_frontend": {"jax", "flax", "optax", "numpy", *TORCH},
     "jax_frontend/bench.py": {"jax", "tokamax", "absl"},
 }
 # Those that are imported inside functions only: `import xmoe.train.run` must do without, as --help does, until their
 # extra has been looked for, and a benchmark without the peers that are not installed.
-OPTIONAL = {"rich", "matplotlib", "safetensors", "torchao", "tokamax", "absl"}
+OPTIONAL = {"rich", "matplotlib", "safetensors", "torchao", "transformers", "tokamax", "absl"}
 # Files that are for one of these, and that nothing imports where it may be missing.
 INTEGRATIONS = {"xmoe/train/screen.py", "torch_backend/torchao.py"}
 # The exceptions, and only inside functions.
