@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xmoe.config import config_from_key
-from xmoe.torch_backend.wrapper import WrappedWeight, unwrap
+from xmoe.torch_backend.wrapper import WrappedWeight
 
 
 def convert(module: nn.Module, name: str, cls: type[WrappedWeight]) -> None:
@@ -68,7 +67,7 @@ class ConvertedParameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         cls = self.classes.get(name)
-        if cls is not None and type(value) is not cls:
+        if cls is not None and getattr(type(value), "weight", type(value)) is not cls:
             wrap_(value, cls, name)
         return value
 
@@ -81,15 +80,19 @@ def _rebuild(parameters: dict[str, Any], classes: dict[str, tuple[type[WrappedWe
 
 
 def wrap_(x: Tensor | None, cls: type[WrappedWeight], name: str = "data") -> bool:
-    """Makes `x`, or the local tensor of a DTensor, a `cls`, in place; whether it was none.
+    """Makes `x` a `cls`, in place, or a DTensor a `WrappedDTensor` of it; whether it was none.
 
-    Raises ValueError for another tensor subclass.
+    Raises ValueError for another tensor subclass, and for a DTensor that has partial sums.
     """
-    if is_dtensor(x):
-        return wrap_(x._local_tensor, cls, name)  # type: ignore[union-attr]
-    if x is None or type(x) is cls:
+    if x is None or getattr(type(x), "weight", type(x)) is cls:
         return False
-    if type(x) is nn.Parameter:
+    if is_dtensor(x):
+        from xmoe.torch_backend.dtensor import dtensor_class
+
+        if any(placement.is_partial() for placement in x.placements):  # type: ignore[attr-defined]
+            raise ValueError(f"{name} has placements {x.placements}; redistribute it: partial sums are no weights")  # type: ignore[attr-defined]
+        cls = dtensor_class(cls)  # type: ignore[assignment]
+    elif type(x) is nn.Parameter:
         x._is_param = True  # by which torch knows those of a subclass
     elif type(x) is not Tensor and not isinstance(x, WrappedWeight):
         raise ValueError(f"{name} is a {type(x).__name__}; give an nn.Parameter, or one that holds a DTensor")
@@ -99,11 +102,13 @@ def wrap_(x: Tensor | None, cls: type[WrappedWeight], name: str = "data") -> boo
 
 def unwrap_(x: Tensor | None) -> None:
     """The inverse of `wrap_`."""
-    if is_dtensor(x):
-        x = x._local_tensor  # type: ignore[union-attr]
     if isinstance(x, WrappedWeight):
         is_parameter = x.__dict__.pop("_is_param", False)
         x.__class__ = nn.Parameter if is_parameter else Tensor
+    elif is_dtensor(x):
+        from xmoe.torch_backend.dtensor import plain_dtensor
+
+        plain_dtensor(x)  # type: ignore[arg-type]
 
 
 def is_dtensor(x: Any) -> bool:
@@ -116,5 +121,5 @@ def _plain_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, loc
     """A ``state_dict`` holds plain values (unless ``keep_vars``), which convert no model that they are assigned to."""
     for name in module._parameters.classes:  # type: ignore[union-attr]
         value = state_dict.get(prefix + name)
-        if isinstance(value, WrappedWeight) and not isinstance(value, nn.Parameter):
-            state_dict[prefix + name] = unwrap(value)
+        if not isinstance(value, nn.Parameter):
+            unwrap_(value)

@@ -1,10 +1,12 @@
 """FSDP2 over converted models, on two ranks. Run by test_fsdp.py."""
 
 import copy
+import io
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
@@ -14,13 +16,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.torch_backend.compiling import BACKEND
 from tests.torch_backend.distributed import WORLD, Ranks, main
 from xmoe import FqnToConfig
-from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm
+from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm, unquantize_
 from xmoe.torch_backend import tensor as tensor_module
 
 E, D, H = 5, 32, 48  # ranks hold 3 and 2 experts
@@ -310,8 +312,53 @@ def check_expert_parallel(ranks: Ranks) -> None:
         assert gradient.placements == (Shard(dim),)
         assert torch.equal(gradient.to_local(), shard_of.grad.mT.float())
         assert model["w"].shape == whole.shape
-        model.to(torch.bfloat16)
-        assert isinstance(model["w"].to_local(), ScaledGroupedMMTensor)
+        with pytest.raises(ValueError, match=r"_grouped_mm got a DTensor .*weight.to_local\(\)"):
+            torch._grouped_mm(A, model["w"].mT, offs=offs)
+        twin = copy.deepcopy(model)
+        twin.to(torch.bfloat16)
+        assert isinstance(twin["w"].to_local(), ScaledGroupedMMTensor)
+        stored = io.BytesIO()
+        torch.save(model.state_dict(), stored)
+        stored.seek(0)
+        assert type(torch.load(stored, weights_only=True)["w"]) is DTensor
+        unquantize_(model)
+        assert type(model["w"]) is DTensor
+        assert type(model["w"].to_local()) is Tensor
+
+
+def check_dtensor_in_compiled_code(ranks: Ranks) -> None:
+    """Refused: the compiler sees to_local()'s result as a plain tensor."""
+
+    class Parallel(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch._grouped_mm(x, self.w1.to_local().mT, offs=OFFS)
+
+    x = torch.randn(26, D)
+    for backend in (None, "eager", "inductor"):
+        torch._dynamo.reset()
+        model = Parallel()
+        quantize_(model, "fp8_rowwise", verbose=False)
+        model.w1 = nn.Parameter(distribute_tensor(model.w1, ranks.mesh, [Replicate()]))
+        with products() as keys:
+            if backend is None:
+                model(x)
+                assert keys == ["fp8_rowwise"]
+            else:
+                with pytest.raises(Exception, match="call to_local.. outside"):
+                    torch.compile(model, backend=backend, fullgraph=True)(x)
+
+
+def check_compiled_optimizer(ranks: Ranks) -> None:
+    torch._dynamo.reset()
+    model = nn.ParameterDict({"w": torch.randn(4, 32, 64)})
+    quantize_(model, FqnToConfig({"w": "fp8_rowwise"}), verbose=False)
+    fully_shard(model, mesh=ranks.mesh)
+    w = model["w"]
+    w.grad = torch.ones_like(w)
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    expected = w.to_local() - 1
+    torch.compile(optimizer.step, backend="eager")()
+    assert torch.equal(w.to_local(), expected)
 
 
 def check_expert_parallel_and_fsdp(ranks: Ranks) -> None:
