@@ -16,6 +16,7 @@ from torch import Tensor
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import experts, pipeline
 from xmoe.operands import whole_blocks
+from xmoe.torch_backend.checks import refuse_transforms
 from xmoe.torch_backend.combine import permute_tokens
 from xmoe.torch_backend.experts_ops import (
     GRADIENT,
@@ -39,7 +40,6 @@ from xmoe.torch_backend.ops import (
     direct,
     fake_implementation,
     pack,
-    refuse_transforms,
     unseen,
 )
 from xmoe.torch_backend.weight_cache import cached

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xmoe.torch_backend.wrapper import WrappedWeight
+from xmoe.torch_backend.wrapper import WrappedWeight, set_class
 
 
 def convert(module: nn.Module, name: str, cls: type[WrappedWeight]) -> None:
@@ -53,24 +53,29 @@ class ConvertedParameters(dict[str, Any]):
     def __init__(self, parameters: Mapping[str, Any], classes: dict[str, type[WrappedWeight]]) -> None:
         super().__init__(parameters)
         self.classes = classes
-        self._lent: dict[str, Tensor] = {}
-        """Wrapped by `__setitem__` for as long as they are stored: they are not parameters."""
+        self._lent: dict[str, tuple[Tensor, type]] = {}
+        """What is no parameter is wrapped for as long as it is stored; its class before."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name in self.classes:
-            if (lent := self._lent.pop(name, None)) is not None:
-                unwrap_(lent)
-            if wrap_(value, self.classes[name], name) and not isinstance(value, nn.Parameter):
-                self._lent[name] = value
+        # Dynamo sets no classes: there what is read is wrapped.
+        if name in self.classes and not torch.compiler.is_dynamo_compiling():
+            if name in self._lent:
+                set_class(*self._lent.pop(name))
+            before = type(value)
+            if isinstance(value, WrappedWeight) and isinstance(value, nn.Parameter):
+                self.classes[name] = before  # with a config of its own
+            elif wrap_(value, self.classes[name], name) and not isinstance(value, nn.Parameter):
+                self._lent[name] = value, before
         super().__setitem__(name, value)
 
     def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
+        value = dict.__getitem__(self, name)
         cls = self.classes.get(name)
-        if cls is not None and carried(value) is not cls:
-            if torch.compiler.is_dynamo_compiling():
-                return value.as_subclass(cls)  # of torch.export(strict=True), which takes parameters for plain tensors
-            wrap_(value, cls, name)
+        if type(value) is cls or cls is None or carried(value) is cls:
+            return value
+        if torch.compiler.is_dynamo_compiling():
+            return value.as_subclass(cls)
+        wrap_(value, cls, name)
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,13 +97,13 @@ def wrap_(x: Tensor | None, cls: type[WrappedWeight], name: str = "data") -> boo
         x._is_param = True  # by which torch knows those of a subclass
     elif type(x) is not Tensor and not isinstance(x, WrappedWeight):
         cls = _class_beside(x, cls, name)
-    x.__class__ = cls
+    set_class(x, cls)
     return True
 
 
 def carried(x: Any) -> type:
     """The class of wrapped weights that `x` is one of, or its local part, if it is one at all."""
-    return getattr(type(x), "weight", type(x))
+    return getattr(type(x), "carries", type(x))
 
 
 def _class_beside(x: Any, cls: type[WrappedWeight], name: str) -> Any:
@@ -117,14 +122,11 @@ def _class_beside(x: Any, cls: type[WrappedWeight], name: str) -> Any:
 
 
 def unwrap_(x: Tensor | None) -> None:
-    """The inverse of `wrap_`."""
+    """The inverse of `wrap_`, of plain tensors, parameters and DTensors."""
     if isinstance(x, WrappedWeight):
-        is_parameter = x.__dict__.pop("_is_param", False)
-        x.__class__ = getattr(type(x), "tracer", nn.Parameter if is_parameter else Tensor)
+        set_class(x, nn.Parameter if vars(x).pop("_is_param", False) else Tensor)
     elif is_dtensor(x):
-        from xmoe.torch_backend.dtensor import plain_dtensor
-
-        plain_dtensor(x)  # type: ignore[arg-type]
+        set_class(x, sys.modules["torch.distributed.tensor"].DTensor)
 
 
 def is_dtensor(x: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from xmoe.torch_backend.wrapper import WRAPPED, WrappedWeight
+from xmoe.torch_backend.wrapper import WRAPPED, WrappedWeight, set_class
 
 TRACERS = (FakeTensor, FunctionalTensor)
 
@@ -22,6 +22,8 @@ def traced_class(weight: type[WrappedWeight], tracer: type[Tensor]) -> type[Wrap
     """
 
     class Traced(weight, tracer):
+        carries = weight
+
         @classmethod
         def __torch_function__(
             cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -34,9 +36,7 @@ def traced_class(weight: type[WrappedWeight], tracer: type[Tensor]) -> type[Wrap
                 out = func(*args, **kwargs)
                 for x in out if isinstance(out, tuple | list) else [out]:
                     if func in WRAPPED and type(x) is tracer:
-                        x.__class__ = cls
+                        set_class(x, cls)
                 return out
 
-    members: Any = Traced
-    members.weight, members.tracer = weight, tracer
     return Traced

@@ -156,6 +156,11 @@ def unwrap(x: Tensor) -> Tensor:
         return x.as_subclass(torch.Tensor)
 
 
+def set_class(x: Any, cls: type) -> None:
+    """Makes x, the object that it is, a `cls`: of a tensor a subclass of tensors without slots of its own."""
+    x.__class__ = cls
+
+
 def _rebuild_parameter(base: type[WrappedWeight], data: Tensor, config_key: str, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(base(data, config_from_key(config_key)), requires_grad)
 

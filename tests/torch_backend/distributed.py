@@ -1,7 +1,7 @@
 """Checks that run on two ranks (gloo, CPU), all of a file in one pair of processes: each starts in seconds.
 
-A file of checks ends with ``main()``; its functions called ``check_...`` take a `Ranks`, run in order on every rank, and
-fail by raising. A test file makes a fixture of `results` and asserts each function's.
+A file of checks ends with ``main()``; its functions called ``check_...`` take a `Ranks`, run in order on every rank,
+and fail by raising. A test file makes a fixture of `results` and asserts each function's.
 """
 
 import datetime
@@ -39,7 +39,9 @@ def results(file: str, folder: Path) -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, file, str(folder)]
     processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for rank in range(WORLD)
     ]
     outputs = []

@@ -1,6 +1,5 @@
 """FSDP2: the checks of fsdp_checks.py."""
 
-from pathlib import Path
 
 import pytest
 
