@@ -12,6 +12,7 @@ from xmoe.torch_backend.grouped_mm import (
 )
 from xmoe.torch_backend.moe import MoE
 from xmoe.torch_backend.monitor import Monitor, monitor
+from xmoe.torch_backend.parameters import unquantize_
 from xmoe.torch_backend.quantize import quantize_
 from xmoe.torch_backend.summary import summary
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
@@ -36,4 +37,5 @@ __all__ = [
     "swiglu_experts",
     "to_fp8_rowwise_then_scaled_grouped_mm",
     "to_mxfp8_then_scaled_grouped_mm",
+    "unquantize_",
 ]

@@ -1,4 +1,4 @@
-"""What a call of the ops must be: shapes, dtypes and devices that fit, and, in debug, offsets.
+"""What a call of the ops must be: shapes, dtypes and devices that fit, no transforms, and, in debug, offsets.
 
 M = tokens, K = contraction, N = output features, G = groups.
 """
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from xmoe.operands import FEATURE_MULTIPLE
 
@@ -60,3 +62,18 @@ def check_offsets(offs: Tensor, M: int) -> None:
             raise ValueError(f"offs[{g}]={end} is outside [0, M={M}]; offs are cumulative row counts of A")
         if end < start:
             raise ValueError(f"offs[{g}]={end} is less than offs[{g - 1}]={start}; give cumulative sums of group sizes")
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raises NotImplementedError where a transform of ``torch.func``, or forward-mode differentiation, has one of the
+    `tensors` of a call of the ops, whose dispatcher would run vmap in a loop, and lose tangents."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if tangent or is_functorch_wrapped_tensor(x):
+            raise NotImplementedError(
+                "low-precision GEMMs support neither the transforms of torch.func (vmap, grad, vjp, jvp, ...) nor "
+                "forward-mode differentiation; use backward() or torch.autograd.grad, with a batch in place of vmap, "
+                "or xmoe.torch_backend.unquantize_(model)"
+            )

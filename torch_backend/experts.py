@@ -16,6 +16,7 @@ from torch import Tensor
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import experts, pipeline
 from xmoe.operands import FEATURE_MULTIPLE, whole_blocks
+from xmoe.torch_backend.checks import refuse_transforms
 from xmoe.torch_backend.combine import permute_tokens
 from xmoe.torch_backend.experts_ops import (
     GRADIENT,
@@ -101,6 +102,8 @@ def swiglu_experts_by_key(
     op = torch.ops.xmoe.swiglu_experts_forward.default
     if unseen(*(tensor for tensor in (x, w1, w2, w3, offs, order) if tensor is not None)):
         op = swiglu_experts_with_autograd
+    else:
+        refuse_transforms(x, w1, w2, w3)
     return op(x, w1, w2, w3, offs, config_key, save, order, *prepared)[0]
 
 

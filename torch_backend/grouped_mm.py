@@ -21,6 +21,7 @@ from xmoe.config import (
 from xmoe.kernels import pipeline
 from xmoe.operands import FEATURE_MULTIPLE
 from xmoe.torch_backend import ops
+from xmoe.torch_backend.checks import refuse_transforms
 from xmoe.torch_backend.weight_cache import cached
 
 
@@ -61,6 +62,7 @@ def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> 
     prepared = cached(lambda: _prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
     if ops.unseen(A, B_t, offs):
         return ops.unseen_grouped_mm(A, B_t, offs, config_key, save_tokens, *prepared)
+    refuse_transforms(A, B_t)
     return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
 
 

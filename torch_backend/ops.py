@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
 from xmoe.kernels import pipeline
@@ -79,6 +80,7 @@ def unseen(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     for x in tensors:  # noqa: SIM110 (a generator takes longer)

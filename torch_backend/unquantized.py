@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils.weak import WeakIdKeyDictionary
 
 PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     [
@@ -47,15 +46,15 @@ class _Origin(NamedTuple):
     """Shared by the parameters of a model: what it has warned of."""
 
 
-_origins = WeakIdKeyDictionary()
-"""Of a converted parameter where it lies."""
+_ORIGIN = "_xmoe_origin"
+"""The attribute of a converted parameter: weak references would be in the way of ``torch.utils.swap_tensors``."""
 
 
 def remember(parameters: dict[str, Tensor]) -> None:
     """Takes down the names of the converted parameters of one model."""
     warned: set[str] = set()
     for fqn, parameter in parameters.items():
-        _origins[parameter] = _Origin(fqn, warned)
+        setattr(parameter, _ORIGIN, _Origin(fqn, warned))
 
 
 def warn_of_kernels(module: nn.Module, fqn: str) -> None:
@@ -102,6 +101,6 @@ def _origin(weight: Tensor) -> _Origin | None:
     while node is not None and not hasattr(node, "variable"):
         node = next((parent for parent, _ in node.next_functions if parent is not None), None)
     for x in (weight, weight._base, getattr(node, "variable", None)):
-        if x is not None and (origin := _origins.get(x)):
+        if x is not None and (origin := getattr(x, _ORIGIN, None)):
             return origin
     return None
