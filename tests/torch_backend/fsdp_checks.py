@@ -196,6 +196,27 @@ def check_load_with_assign(ranks: Ranks) -> None:
     compare(ranks, make)
 
 
+def check_converted_again_and_undone(ranks: Ranks) -> None:
+    """FSDP2 keeps its gathered parameters, of the class that they have had."""
+    model, x = Model(), batch(0, ranks.rank)
+    shard(model, ranks)
+    for config, expected in ((CONFIGS, ["fp8_rowwise", "mxfp8_rceil"] * 2), ("mxfp8_floor", ["mxfp8_floor"] * 4)):
+        quantize_(model, config, verbose=False)
+        with products() as keys:
+            loss_of(model, x).backward()
+        assert keys == expected
+    unquantize_(model)
+    for _ in range(2):
+        with products() as keys:
+            loss_of(model, x).backward()
+        assert not keys
+    convert(model)
+    with products() as keys:
+        loss_of(model, x).backward()
+    assert len(keys) == 4
+    assert {type(value.to_local()) for value in model.state_dict().values()} == {Tensor}
+
+
 def check_activation_checkpointing(ranks: Ranks) -> None:
     def make(model: Model) -> None:
         convert(model)
@@ -312,7 +333,9 @@ def check_expert_parallel(ranks: Ranks) -> None:
         assert gradient.placements == (Shard(dim),)
         assert torch.equal(gradient.to_local(), shard_of.grad.mT.float())
         assert model["w"].shape == whole.shape
-        with pytest.raises(ValueError, match=r"_grouped_mm got a converted weight that is a DTensor, .*weight.to_local\(\)"):
+        with pytest.raises(
+            ValueError, match=r"_grouped_mm got a converted weight that is a DTensor, .*weight.to_local\(\)"
+        ):
             torch._grouped_mm(A, model["w"].mT, offs=offs)
         twin = copy.deepcopy(model)
         twin.to(torch.bfloat16)

@@ -1,6 +1,5 @@
 """FSDP2: the checks of fsdp_checks.py."""
 
-
 import pytest
 
 from tests.torch_backend import fsdp_checks
