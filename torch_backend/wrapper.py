@@ -157,7 +157,7 @@ def unwrap(x: Tensor) -> Tensor:
 
 
 def weight_class(x: Any) -> type[WrappedWeight] | None:
-    """The class of wrapped weights that x is one of (or, of a converted DTensor, its local part); None if it is none."""
+    """The class of wrapped weights that x is one of, or, of a converted DTensor, its local part; else None."""
     cls = getattr(type(x), "carries", type(x))
     return cls if issubclass(cls, WrappedWeight) else None
 

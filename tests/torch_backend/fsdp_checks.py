@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.torch_backend.compiling import BACKEND
@@ -347,6 +347,14 @@ def check_expert_parallel(ranks: Ranks) -> None:
         unquantize_(model)
         assert type(model["w"]) is DTensor
         assert type(model["w"].to_local()) is Tensor
+
+
+def check_partial_sums_are_refused(ranks: Ranks) -> None:
+    sums = DTensor.from_local(torch.zeros(4, 32, 64), ranks.mesh, [Partial()])
+    model = nn.ParameterDict({"w": nn.Parameter(sums)})
+    with pytest.raises(ValueError, match=r"w has placements \(Partial\(sum\),\); redistribute it"):
+        quantize_(model, FqnToConfig({"w": "fp8_rowwise"}), verbose=False)
+    assert type(model["w"]) is DTensor
 
 
 def check_dtensor_in_compiled_code(ranks: Ranks) -> None:
