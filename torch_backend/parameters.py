@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xmoe.torch_backend.wrapper import WrappedWeight, set_class
+from xmoe.torch_backend.wrapper import WrappedWeight, set_class, weight_class
 
 
 def convert(module: nn.Module, name: str, cls: type[WrappedWeight]) -> None:
@@ -21,6 +21,7 @@ def convert(module: nn.Module, name: str, cls: type[WrappedWeight]) -> None:
     wrap_(parameters[name], cls, name)
     if not isinstance(parameters, ConvertedParameters):
         parameters = module.__dict__["_parameters"] = ConvertedParameters(parameters, {})
+    if not parameters.classes:
         module.register_state_dict_post_hook(_plain_state)
     parameters.classes[name] = cls
 
@@ -28,15 +29,19 @@ def convert(module: nn.Module, name: str, cls: type[WrappedWeight]) -> None:
 def unquantize_(model: nn.Module) -> None:
     """Undoes ``quantize_``: every converted parameter of `model` is a plain one again.
 
-    It is the same ``nn.Parameter`` on the same storage, with its gradient and its owners; nothing of the conversion is
-    left on the modules. A model without converted parameters stays as it is.
+    It is the same ``nn.Parameter`` on the same storage, with its gradient and its owners. Nothing of the conversion is
+    left on the modules, except on those that have DTensors. A model without converted parameters stays as it is.
     """
     for module in model.modules():
         if not isinstance(module._parameters, ConvertedParameters):
             continue
-        for name in module._parameters.classes:
-            unwrap_(dict.get(module._parameters, name))
-        module.__dict__["_parameters"] = dict(module._parameters)
+        parameters, names = module._parameters, list(module._parameters.classes)
+        parameters.released.update(names)
+        parameters.classes.clear()
+        for name in names:
+            unwrap_(parameters[name])
+        if not any(map(is_dtensor, parameters.values())):
+            module.__dict__["_parameters"] = dict(parameters)
         for key, hook in list(module._state_dict_hooks.items()):
             if hook is _plain_state:
                 del module._state_dict_hooks[key]
@@ -55,6 +60,8 @@ class ConvertedParameters(dict[str, Any]):
         self.classes = classes
         self._lent: dict[str, tuple[Tensor, type]] = {}
         """What is no parameter is wrapped for as long as it is stored; its class before."""
+        self.released: set[str] = set()
+        """What gets unwrapped: FSDP2 puts gathered parameters back that it has kept from before `unquantize_`."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         # Dynamo sets no classes: there what is read is wrapped.
@@ -62,16 +69,16 @@ class ConvertedParameters(dict[str, Any]):
             if name in self._lent:
                 set_class(*self._lent.pop(name))
             before = type(value)
-            if isinstance(value, WrappedWeight) and isinstance(value, nn.Parameter):
-                self.classes[name] = before  # with a config of its own
-            elif wrap_(value, self.classes[name], name) and not isinstance(value, nn.Parameter):
+            if wrap_(value, self.classes[name], name) and not isinstance(value, nn.Parameter):
                 self._lent[name] = value, before
+        elif name in self.released:
+            unwrap_(value)
         super().__setitem__(name, value)
 
     def __getitem__(self, name: str) -> Any:
         value = dict.__getitem__(self, name)
         cls = self.classes.get(name)
-        if type(value) is cls or cls is None or carried(value) is cls:
+        if type(value) is cls or cls is None or weight_class(value) is cls:
             return value
         if torch.compiler.is_dynamo_compiling():
             return value.as_subclass(cls)
@@ -91,7 +98,7 @@ def wrap_(x: Tensor | None, cls: type[WrappedWeight], name: str = "data") -> boo
 
     Raises ValueError for another tensor subclass, and for a DTensor of partial sums.
     """
-    if x is None or carried(x) is cls:
+    if x is None or weight_class(x) is cls:
         return False
     if type(x) is nn.Parameter:
         x._is_param = True  # by which torch knows those of a subclass
@@ -99,11 +106,6 @@ def wrap_(x: Tensor | None, cls: type[WrappedWeight], name: str = "data") -> boo
         cls = _class_beside(x, cls, name)
     set_class(x, cls)
     return True
-
-
-def carried(x: Any) -> type:
-    """The class of wrapped weights that `x` is one of, or its local part, if it is one at all."""
-    return getattr(type(x), "carries", type(x))
 
 
 def _class_beside(x: Any, cls: type[WrappedWeight], name: str) -> Any:
@@ -137,7 +139,7 @@ def is_dtensor(x: Any) -> bool:
 
 def _plain_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """A ``state_dict`` holds plain values (unless ``keep_vars``), which convert no model that they are assigned to."""
-    for name in module._parameters.classes:  # type: ignore[union-attr]
+    for name in getattr(module._parameters, "classes", ()):
         value = state_dict.get(prefix + name)
         if not isinstance(value, nn.Parameter):
             unwrap_(value)

@@ -160,6 +160,12 @@ def unwrap(x: Tensor) -> Tensor:
         return x.as_subclass(torch.Tensor)
 
 
+def weight_class(x: Any) -> type[WrappedWeight] | None:
+    """The class of wrapped weights that x is one of, or, of a converted DTensor, its local part; else None."""
+    cls = getattr(type(x), "carries", type(x))
+    return cls if issubclass(cls, WrappedWeight) else None
+
+
 def set_class(x: Any, cls: type) -> None:
     """Makes x, the object that it is, a `cls`: of a tensor a subclass of tensors without slots of its own."""
     x.__class__ = cls

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.torch_backend.compiling import BACKEND
@@ -196,6 +196,27 @@ def check_load_with_assign(ranks: Ranks) -> None:
     compare(ranks, make)
 
 
+def check_converted_again_and_undone(ranks: Ranks) -> None:
+    """FSDP2 keeps its gathered parameters, of the class that they have had."""
+    model, x = Model(), batch(0, ranks.rank)
+    shard(model, ranks)
+    for config, expected in ((CONFIGS, ["fp8_rowwise", "mxfp8_rceil"] * 2), ("mxfp8_floor", ["mxfp8_floor"] * 4)):
+        quantize_(model, config, verbose=False)
+        with products() as keys:
+            loss_of(model, x).backward()
+        assert keys == expected
+    unquantize_(model)
+    for _ in range(2):
+        with products() as keys:
+            loss_of(model, x).backward()
+        assert not keys
+    convert(model)
+    with products() as keys:
+        loss_of(model, x).backward()
+    assert len(keys) == 4
+    assert {type(value.to_local()) for value in model.state_dict().values()} == {Tensor}
+
+
 def check_activation_checkpointing(ranks: Ranks) -> None:
     def make(model: Model) -> None:
         convert(model)
@@ -326,6 +347,14 @@ def check_expert_parallel(ranks: Ranks) -> None:
         unquantize_(model)
         assert type(model["w"]) is DTensor
         assert type(model["w"].to_local()) is Tensor
+
+
+def check_partial_sums_are_refused(ranks: Ranks) -> None:
+    sums = DTensor.from_local(torch.zeros(4, 32, 64), ranks.mesh, [Partial()])
+    model = nn.ParameterDict({"w": nn.Parameter(sums)})
+    with pytest.raises(ValueError, match=r"w has placements \(Partial\(sum\),\); redistribute it"):
+        quantize_(model, FqnToConfig({"w": "fp8_rowwise"}), verbose=False)
+    assert type(model["w"]) is DTensor
 
 
 def check_dtensor_in_compiled_code(ranks: Ranks) -> None:
