@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import experts, pipeline
-from xmoe.operands import FEATURE_MULTIPLE, whole_blocks
+from xmoe.operands import FEATURE_MULTIPLE, SCALE_BLOCKS
 from xmoe.torch_backend.checks import refuse_transforms
 from xmoe.torch_backend.combine import permute_tokens
 from xmoe.torch_backend.experts_ops import (
@@ -92,7 +92,8 @@ def swiglu_experts_by_key(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, order: Tensor | None = None
 ) -> Tensor:
     """`swiglu_experts` with the config as its key, the form that the ops carry."""
-    if w1.ndim == 3 and not _fuses(config_key, w1.shape[1], w1.shape[2]):
+    whole = _multiple_of_h(config_key)
+    if w1.ndim == 3 and (w1.shape[1] % whole or w1.shape[2] % FEATURE_MULTIPLE):
         check(*arguments(x, w1, w2, w3, offs, order), multiple=1)
         x = x if order is None else permute_tokens(x, order)
         h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
@@ -124,9 +125,9 @@ def _prepare(
 
 
 @torch.compiler.assume_constant_result
-def _fuses(config_key: str, H: int, D: int) -> bool:
-    fits = H % FEATURE_MULTIPLE == D % FEATURE_MULTIPLE == 0
-    return fits and whole_blocks(config_from_key(config_key).format, H)
+def _multiple_of_h(config_key: str) -> int:
+    """What divides H where the stages are fused: 8-bit rows are whole, and so are the blocks that share a scale."""
+    return max(FEATURE_MULTIPLE, SCALE_BLOCKS.get(config_from_key(config_key).format, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd

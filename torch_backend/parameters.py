@@ -105,6 +105,8 @@ def wrap_(x: Tensor | None, cls: type[WrappedWeight], name: str = "data") -> boo
     elif type(x) is not Tensor and not isinstance(x, WrappedWeight):
         cls = _class_beside(x, cls, name)
     set_class(x, cls)
+    if isinstance(x, nn.Parameter):
+        torch._dynamo.mark_static(x)  # as Dynamo takes the shapes of parameters that no dict of ours has handed out
     return True
 
 

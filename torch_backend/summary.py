@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from xmoe.torch_backend.parameters import carried
+from xmoe.torch_backend.wrapper import weight_class
 
 
 def summary(model: nn.Module) -> str:
@@ -25,7 +25,7 @@ def summary(model: nn.Module) -> str:
 
 def _config_key(parameter: Tensor) -> str | None:
     """Of a converted parameter, DTensors included."""
-    return getattr(carried(parameter), "config_key", None)
+    return getattr(weight_class(parameter), "config_key", None)
 
 
 def table(converted: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,7 @@
 """The MoE layer against a loop over tokens and experts, and under every recipe."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -183,3 +184,20 @@ def test_compile(recipe: str | None) -> None:
         for eager, traced in zip(*results, strict=True):
             assert_compiled_close(traced, eager)
     assert counter.frame_count <= 2
+
+
+def test_compiled_weights_have_static_shapes() -> None:
+    """As parameters have: a second size of experts is another graph, not one of symbols."""
+    shapes: list[torch.Size] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        shapes.extend(x.shape for x in values if isinstance(x, Tensor) and x.ndim == 3)
+        return graph.forward
+
+    for hidden in (32, 64, 96):
+        moe = MoE(D, hidden, E, K, dtype=torch.bfloat16)
+        quantize_(moe, "fp8_rowwise", verbose=False)
+        torch.compile(moe, backend=backend, fullgraph=True)(torch.randn(8, D, dtype=torch.bfloat16))
+    assert all(type(size) is int for shape in shapes for size in shape)
+    assert {shape[1] for shape in shapes} >= {32, 64, 96}
