@@ -39,8 +39,8 @@ def is_emulated(preference: KernelPreference, device: Device) -> bool:
     has_fp8 = device.type == "cuda" and device.capability is not None and device.capability >= (8, 9)
     if preference is KernelPreference.TORCH and not has_fp8:
         raise UnsupportedError(
-            f"kernel_preference=torch cannot run tensorwise on {device}: torch._scaled_mm needs an NVIDIA GPU of compute "
-            "capability 8.9 or higher; use kernel_preference=auto or emulated"
+            f"kernel_preference=torch cannot run tensorwise on {device}: torch._scaled_mm needs an NVIDIA GPU of "
+            "compute capability 8.9 or higher; use kernel_preference=auto or emulated"
         )
     return preference is KernelPreference.EMULATED or not has_fp8
 

@@ -5,7 +5,6 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xmoe.config import LINEAR_RECIPES, LinearConfig
@@ -70,12 +69,12 @@ def _product(rows: Tensor, weight: Tensor, config_key: str) -> Tensor:
 
 
 def _padded(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with zeros up to multiples of 16; as they are where they fit."""
+    """Both with zeros up to multiples of 16; as they are where they fit. (F.pad cannot be traced with a wrapper.)"""
     N, K = weight.shape
     n, k = -N % FEATURE_MULTIPLE, -K % FEATURE_MULTIPLE
     if k:
-        input = F.pad(input, (0, k))
-    return input, F.pad(weight, (0, k, 0, n)) if n or k else weight
+        input = torch.constant_pad_nd(input, (0, k))
+    return input, torch.constant_pad_nd(weight, (0, k, 0, n)) if n or k else weight
 
 
 class ScaledLinearTensor(WrappedWeight):

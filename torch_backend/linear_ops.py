@@ -37,11 +37,10 @@ Prepared = Sequence[Tensor] | None
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-@lru_cache(maxsize=4096)
 def check_linear(
-    x_shape: torch.Size,
+    x_shape: Sequence[int],
     x_dtype: torch.dtype,
-    weight_shape: torch.Size,
+    weight_shape: Sequence[int],
     weight_dtype: torch.dtype,
     devices: tuple[torch.device, torch.device],
 ) -> None:
@@ -51,7 +50,9 @@ def check_linear(
             raise ValueError(f"{name} is {dtype}; cast it to torch.bfloat16 or torch.float32")
     (N, K), given = weight_shape, x_shape[-1]
     if given != K:
-        raise ValueError(f"input has {given} columns and weight {tuple(weight_shape)} has in_features={K}")
+        raise ValueError(
+            f"input has {given} columns and weight {tuple(weight_shape)} has in_features={K}; give [..., {K}]"
+        )
     for name, size in (("in_features", K), ("out_features", N)):
         if problem := misfit(name, size):
             raise ValueError(f"{problem}, or use pad_inner_dim=True")
@@ -66,6 +67,14 @@ def misfit(name: str, size: int) -> str:
         return ""
     nearest = f"{below} or {below + FEATURE_MULTIPLE}" if below else str(FEATURE_MULTIPLE)
     return f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}: use {nearest}"
+
+
+_check_once = lru_cache(maxsize=4096)(check_linear)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    check = _check_once if unseen(x, weight) else check_linear  # sizes that are symbols have no hash
+    check(x.shape, x.dtype, weight.shape, weight.dtype, (x.device, weight.device))
 
 
 # --------------------------------------------------------------------------------------------------------------- cast
@@ -330,7 +339,7 @@ def linear_with_autograd(
         config_key: ``LinearConfig.to_key()``.
         prepared, prepared_dgrad: weight quantized along K and along N (`Scheme.prepare`), or nothing.
     """
-    check_linear(x.shape, x.dtype, weight.shape, weight.dtype, (x.device, weight.device))
+    _check(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, config_key, prepared, prepared_dgrad)
     return scheme(config_key).forward(x, weight, False, False, prepared).out
@@ -338,17 +347,13 @@ def linear_with_autograd(
 
 @torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")
 @torch._disable_dynamo
-def _(
-    x: Tensor, weight: Tensor, config_key: str, prepared: Prepared = None, prepared_dgrad: Prepared = None
-) -> Tensor:
-    check_linear(x.shape, x.dtype, weight.shape, weight.dtype, (x.device, weight.device))
+def _(x: Tensor, weight: Tensor, config_key: str, prepared: Prepared = None, prepared_dgrad: Prepared = None) -> Tensor:
+    _check(x, weight)
     return scheme(config_key).forward(x, weight, False, False, prepared).out
 
 
 @torch.library.register_fake("xmoe::linear", lib=LIBRARY)
-def _(
-    x: Tensor, weight: Tensor, config_key: str, prepared: Prepared = None, prepared_dgrad: Prepared = None
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, config_key: str, prepared: Prepared = None, prepared_dgrad: Prepared = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

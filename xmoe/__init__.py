@@ -13,10 +13,10 @@ from xmoe.config import RECIPES as RECIPES
 from xmoe.config import Accumulation as Accumulation
 from xmoe.config import BF16GroupedMMConfig as BF16GroupedMMConfig
 from xmoe.config import BF16GroupedMMRecipe as BF16GroupedMMRecipe
-from xmoe.config import FP8GroupedMMConfig as FP8GroupedMMConfig
-from xmoe.config import FP8GroupedMMRecipe as FP8GroupedMMRecipe
 from xmoe.config import Float8LinearConfig as Float8LinearConfig
 from xmoe.config import Float8LinearRecipeName as Float8LinearRecipeName
+from xmoe.config import FP8GroupedMMConfig as FP8GroupedMMConfig
+from xmoe.config import FP8GroupedMMRecipe as FP8GroupedMMRecipe
 from xmoe.config import GemmConfig as GemmConfig
 from xmoe.config import Granularity as Granularity
 from xmoe.config import GroupedMMConfig as GroupedMMConfig
