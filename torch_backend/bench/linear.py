@@ -31,10 +31,8 @@ def case(
     torch.compile."""
 
     def make(where: torch.device | str) -> nn.Sequential:
-        like = {"device": where, "dtype": torch.bfloat16}
-        return nn.Sequential(
-            nn.LayerNorm(shape.K, **like), nn.Linear(shape.K, shape.N, bias=False, **like), nn.Sigmoid()
-        )
+        linear = nn.Linear(shape.K, shape.N, bias=False, device=where, dtype=torch.bfloat16)
+        return nn.Sequential(nn.LayerNorm(shape.K, device=where, dtype=torch.bfloat16), linear, nn.Sigmoid())
 
     base = make(device)
     nn.init.normal_(base.get_parameter("1.weight"), std=WEIGHT_STD)
