@@ -19,7 +19,7 @@ class KernelPreference(StrEnum):
     TRITON = "triton"
     """xmoe's Triton kernels."""
     TORCH = "torch"
-    """PyTorch's own scaled grouped GEMM, where it applies."""
+    """PyTorch's own scaled GEMMs, grouped or not, where they apply."""
     EMULATED = "emulated"
     """Plain PyTorch or plain JAX, on any device."""
 
