@@ -69,9 +69,7 @@ def test_no_recipe_is_of_both_kinds() -> None:
         config_from_recipe("rowwise")
     with pytest.raises(ValueError, match="is not a config; give a GroupedMMConfig or one of bf16"):
         as_config(Float8LinearConfig())
-    with pytest.raises(
-        ValueError, match="'mxfp4_cutlass' is not known; use one of mxfp8_cublas, mxfp8_cublas_rceil, m"
-    ):
+    with pytest.raises(ValueError, match="'mxfp4_cutlass' is not known; use one of mxfp8_cublas, "):
         MXLinearConfig.from_recipe_name("mxfp4_cutlass")
 
 
@@ -116,7 +114,7 @@ def test_dtypes_of_elements(dtype: Any) -> None:
         (
             Float8LinearConfig,
             {"granularity": "axiswise"},
-            "granularity='axiswise' is not known; use one of tensorwise, row",
+            "granularity='axiswise' is not known; use one of tensorw",
         ),
         (Float8LinearConfig, {"grad_dtype": "e3m4"}, "grad_dtype='e3m4' is not known; use one of e4m3, e5m2"),
         (
@@ -127,13 +125,13 @@ def test_dtypes_of_elements(dtype: Any) -> None:
         (
             Float8LinearConfig,
             {"accumulation_output": "slow"},
-            "accumulation_output='slow' is not known; use one of fast",
+            "accumulation_output='slow' is not known; use one of",
         ),
         (Float8LinearConfig, {"pad_inner_dim": 1}, "pad_inner_dim=1 is not a boolean"),
         (
             Float8LinearConfig,
             {"emulate": True},
-            "emulate: not a field of Float8LinearConfig; the fields are kernel_pref",
+            "emulate: not a field of Float8LinearConfig; the fields are",
         ),
         (MXLinearConfig, {"elem_dtype": "e5m2"}, "elem_dtype='e5m2' has no MX kernels here; use e4m3"),
         (MXLinearConfig, {"block_size": 16}, "block_size=16 is not that of OCP .*; use 32"),
@@ -150,5 +148,5 @@ def test_any_config() -> None:
     for config in (FP8GroupedMMConfig(), Float8LinearConfig()):
         assert any_config(config) is config
     assert isinstance(any_config("fp8_rowwise"), GroupedMMConfig)
-    with pytest.raises(ValueError, match="recipe=3 is not known; use one of bf16, .*, mxfp8_emulated$"):
+    with pytest.raises(ValueError, match=r"recipe=3 is not known; use one of bf16, .*, mxfp8_emulated$"):
         any_config(3)

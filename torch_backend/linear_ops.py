@@ -200,6 +200,7 @@ class _Tensorwise:
         emulated, columns = self._emulated(x.device), need_dw and self.hp_key is None
         if x.shape[0] == 0:
             return Forward(x.new_zeros(0, weight.shape[0]), (x, x)[: self._saves(need_dw)])
+        x, weight = x.contiguous(), weight.contiguous()
         a, a_columns, a_scale = _cast(x, _maxima(x), False, True, columns, emulated)
         maxima = None
         if prepared:
@@ -226,6 +227,7 @@ class _Tensorwise:
             zeros = dOut.new_zeros(0, K, dtype=x_dtype) if need_dx else None
             return zeros, weight.new_zeros(N, K) if need_dw else None
         columns = need_dw and self.hp_key is None
+        dOut = dOut.contiguous()
         if need_dx or columns:
             d, d_columns, d_scale = _cast(dOut, _maxima(dOut), self.e5m2, need_dx, columns, emulated)
             if need_dx:
@@ -242,6 +244,7 @@ class _Tensorwise:
         return dx, dw
 
     def prepare(self, x: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        weight = weight.contiguous()
         data, columns, scale = _cast(weight, _maxima(weight), False, True, True, self._emulated(weight.device))
         return [data, scale], [columns, scale]
 
@@ -262,6 +265,7 @@ def _cast(
 
 def _columns(weight: Tensor, maxima: Tensor | None, emulated: bool) -> tuple[Tensor, Tensor]:
     """weight [N, K] quantized along N: [K, N] and its scale."""
+    weight = weight.contiguous()
     maxima = _maxima(weight) if maxima is None else maxima
     _, columns, scale = _cast(weight, maxima, False, False, True, emulated)
     return columns, scale
@@ -273,17 +277,17 @@ def _as_group(weight: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _one_group(M: int, device: torch.device) -> Tensor:
+def _one_group(M: int, device: torch.device, stream: int) -> Tensor:
+    """Of one stream: another might read it before it is written."""
     with torch.inference_mode(False):
         return torch.full((1,), M, dtype=torch.int32, device=device)
 
 
 def one_group(x: Tensor) -> Tensor:
     """offs int32 [1] of one group with all rows of x; kept, where nothing could hold it against its will."""
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or not unseen(x):
+    if not unseen(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
-    return _one_group(x.shape[0], x.device)
+    return _one_group(x.shape[0], x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.backends import arrays
-from tests.torch_backend.compiling import BACKEND
+from tests.torch_backend.compiling import BACKEND, assert_compiled_close
 from xmoe.config import LINEAR_RECIPES, Float8LinearConfig, Gemm, LinearConfig, MXLinearConfig, any_config
 from xmoe.oracle import linear, linear_dgrad, linear_wgrad, sqnr
 from xmoe.torch_backend import ScaledLinearTensor, cache_weights, scaled_linear
@@ -234,7 +234,7 @@ def test_checkpointing_and_cached_weights(recipe: str, reentrant: bool) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside inductor
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "mxfp8_cublas_rceil"])
 def test_compile(recipe: str) -> None:
-    """One graph for any number of rows, bias and padding included, with eager's bits."""
+    """One graph for any number of rows, bias and padding included."""
     config = any_config(recipe)
     module = nn.Linear(K - 6, N, dtype=torch.bfloat16)
     module.weight = wrapped(module.weight.detach(), type(config).from_dict({**config.to_dict(), "pad_inner_dim": True}))
@@ -246,7 +246,8 @@ def test_compile(recipe: str) -> None:
         for f in (module, compiled):
             out = f(x)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), (x, *module.parameters()))])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        for eager, fused in zip(*results, strict=True):
+            assert_compiled_close(fused, eager)
     targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert "xmoe.linear.default" in targets
     assert counter.frame_count <= 2
