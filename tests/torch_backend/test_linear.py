@@ -1,6 +1,7 @@
 """Linears in low precision: values against the oracle and float64, and how the wrapped weight behaves."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tests.kernels.backends import arrays
 from tests.torch_backend.compiling import BACKEND, assert_compiled_close
@@ -229,6 +230,27 @@ def test_checkpointing_and_cached_weights(recipe: str, reentrant: bool) -> None:
             checkpoint(F.linear, x, w, use_reentrant=reentrant).backward(dOut)
         assert torch.equal(x.grad, want[0])
         assert torch.equal(w.grad, want[1])
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_selective_checkpointing(recipe: str) -> None:
+    """A policy sees the cast and the GEMM: with their results saved, the recomputation makes neither."""
+    x, weight, dOut = operands()
+    want, w = step(x, weight, dOut, recipe)[1:], wrapped(weight, recipe)
+    seen: list[tuple[str, bool]] = []
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op.namespace != "xmoe" and op is not torch.ops.aten.mm.default:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        seen.append((str(op), ctx.is_recompute))
+        return CheckpointPolicy.MUST_SAVE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    checkpoint(F.linear, x, w, use_reentrant=False, context_fn=contexts).backward(dOut)
+    made = "xmoe.cast_tensor.default" if recipe == "tensorwise" else "xmoe.grouped_mm_forward.default"
+    assert {(made, False), (made, True)} <= set(seen)  # asked about, and answered from what was saved
+    assert torch.equal(x.grad, want[0])
+    assert torch.equal(w.grad, want[1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside inductor
