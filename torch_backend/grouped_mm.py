@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xmoe.config import (
@@ -59,7 +58,7 @@ def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> 
     if B_t.ndim == 3 and (B_t.shape[1] % FEATURE_MULTIPLE or B_t.shape[2] % FEATURE_MULTIPLE):
         return _padded(A, B_t, offs, config_key)
     save_tokens = B_t.requires_grad and torch.is_grad_enabled()
-    prepared = cached(lambda: _prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
+    prepared = cached(lambda: prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
     if ops.unseen(A, B_t, offs):
         return ops.unseen_grouped_mm(A, B_t, offs, config_key, save_tokens, *prepared)
     refuse_transforms(A, B_t)
@@ -72,12 +71,13 @@ def _padded(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> Tensor:
     devices = (A.device, B_t.device, offs.device)
     ops.check_signature(A.shape, A.dtype, B_t.shape, B_t.dtype, offs.shape, offs.dtype, devices, multiple=1)
     more_k, more_n = -K % FEATURE_MULTIPLE, -N % FEATURE_MULTIPLE
-    A = F.pad(A, (0, more_k))
-    B_t = F.pad(B_t.mT, (0, more_k, 0, more_n)).mT if ops.k_is_contiguous(B_t) else F.pad(B_t, (0, more_n, 0, more_k))
+    pad = torch.constant_pad_nd  # F.pad cannot be traced with a wrapper
+    A = pad(A, (0, more_k))
+    B_t = pad(B_t.mT, (0, more_k, 0, more_n)).mT if ops.k_is_contiguous(B_t) else pad(B_t, (0, more_n, 0, more_k))
     return grouped_mm_by_key(A, B_t, offs, config_key)[:, :N].contiguous()
 
 
-def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:
+def prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:
     """B_t quantized along K and along N; nothing in the bf16 format."""
     devices = (A.device, B_t.device, offs.device)
     ops.check_signature(A.shape, A.dtype, B_t.shape, B_t.dtype, offs.shape, offs.dtype, devices)

@@ -11,7 +11,7 @@ from torch import Tensor
 from xmoe.torch_backend.experts import swiglu_experts_by_key
 from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
 from xmoe.torch_backend.observe import observed_grouped_mm, observed_swiglu_experts, observers
-from xmoe.torch_backend.wrapper import WrappedWeight, teach_compile, unwrap
+from xmoe.torch_backend.wrapper import WrappedWeight, config_key, follow_autocast, teach_compile, unwrap
 
 
 class ScaledGroupedMMTensor(WrappedWeight):
@@ -31,10 +31,10 @@ class ScaledGroupedMMTensor(WrappedWeight):
     remedy = "compute it with torch._grouped_mm, bmm, matmul or linear"
 
     @classmethod
-    def with_key(cls, config_key: str) -> type[Self]:
+    def with_key(cls, key: str) -> type[Self]:
         if "transformers.integrations.moe" in sys.modules:
             _learn_transformers()
-        return super().with_key(config_key)
+        return super().with_key(key)
 
 
 @cache
@@ -44,11 +44,6 @@ def _learn_transformers() -> None:
     op = torch.ops.transformers.grouped_mm_fallback
     ScaledGroupedMMTensor.handlers |= {op: _grouped_mm_fallback, op.default: _grouped_mm_fallback}
     teach_compile(op)
-
-
-def _key(cls: type[ScaledGroupedMMTensor], weight: Tensor) -> str:
-    """Of the weight among two wrapped operands; `cls` is what torch.compile can read."""
-    return cls.config_key if isinstance(weight, cls) else type(weight).config_key  # type: ignore[attr-defined]
 
 
 def _product(A: Tensor, B: Tensor, offs: Tensor, key: str, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -93,7 +88,7 @@ def _grouped_mm(
     """Where the second operand is [G, K, N]; the weight gradient's form, 2D x 2D, is the plain op."""
     if not isinstance(mat2, ScaledGroupedMMTensor) or mat2.ndim != 3 or bias is not None:
         return NotImplemented
-    key = _key(cls, mat2)
+    key = config_key(cls, mat2)
     if self.ndim == 2 and offs is not None:
         return _product(self, mat2, offs, key, out_dtype)
     return _batched(self, mat2, key, out_dtype) if self.ndim == 3 and offs is None else NotImplemented
@@ -115,8 +110,8 @@ def _linear(
 ) -> Any:
     if not isinstance(weight, ScaledGroupedMMTensor) or weight.ndim != 2:
         return NotImplemented
-    key = _key(cls, weight)
-    input, weight, bias = _autocast(input, weight, bias)
+    key = config_key(cls, weight)
+    input, weight, bias = follow_autocast(input, weight, bias)
     out = _single(input, weight.mT, key)
     return out if bias is None else out + bias
 
@@ -129,10 +124,10 @@ def _matmul(cls: type[ScaledGroupedMMTensor], func: Callable[..., Any], *args: A
     if kwargs or all(wrapped):
         return NotImplemented
     if wrapped[1]:
-        out = _dense(*_autocast(first, second)[:2], _key(cls, second))
+        out = _dense(*follow_autocast(first, second)[:2], config_key(cls, second))
         return NotImplemented if out is None else out
     A = second if second.ndim == 1 else second.mT
-    out = None if first.ndim < 2 else _dense(*_autocast(A, first.mT)[:2], _key(cls, first))
+    out = None if first.ndim < 2 else _dense(*follow_autocast(A, first.mT)[:2], config_key(cls, first))
     if out is None:
         return NotImplemented
     return out if second.ndim == 1 else out.mT.contiguous()
@@ -145,15 +140,6 @@ def _dense(A: Tensor, B: Tensor, key: str) -> Tensor | None:
     if B.ndim == 3 and (A.ndim == 2 or (A.ndim == 3 and A.shape[0] in (1, B.shape[0]))):
         return _batched(A.expand(B.shape[0], *A.shape[-2:]), B, key)
     return None
-
-
-def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype that autocast gives to matrix products. (It leaves the grouped GEMM alone.)"""
-    kind = input.device.type
-    if not torch.is_autocast_enabled(kind):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 ScaledGroupedMMTensor.handlers = {

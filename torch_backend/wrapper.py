@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from xmoe.config import GroupedMMConfig, config_from_key
+from xmoe.config import GemmConfig, GroupedMMConfig, config_from_key, recipes
 from xmoe.torch_backend.unquantized import PRODUCTS, in_high_precision, is_foreign
 
 _VIEWS = (
@@ -58,16 +58,18 @@ class WrappedWeight(torch.Tensor):
     """What such a parameter is, in messages."""
     remedy: ClassVar[str]
     """What to compute instead of a product that is not intercepted."""
+    config_type: ClassVar[type[GemmConfig]] = GroupedMMConfig
 
     @staticmethod
-    def __new__(cls, data: Tensor, config: GroupedMMConfig) -> Any:
+    def __new__(cls, data: Tensor, config: GemmConfig) -> Any:
         """Wraps `data`, sharing its storage; ``requires_grad`` is kept, the autograd history is not.
 
         Raises ValueError unless `data` is a floating-point tensor with the dimensions of such a weight and `config` a
         config.
         """
-        if not isinstance(config, GroupedMMConfig):
-            raise ValueError(f"config is {config!r}; give a GroupedMMConfig, such as config_from_recipe('fp8_rowwise')")
+        if not isinstance(config, cls.config_type):
+            kind = cls.config_type
+            raise ValueError(f"config is {config!r}; give a {kind.__name__}, such as that of {recipes(kind)[1]!r}")
         if data.ndim != cls.ndims:
             raise ValueError(
                 f"data has shape {tuple(data.shape)}; only {cls.kind} with {cls.ndims} dimensions can be wrapped"
@@ -77,12 +79,12 @@ class WrappedWeight(torch.Tensor):
         return torch.Tensor._make_subclass(cls.with_key(config.to_key()), unwrap(data).detach(), data.requires_grad)
 
     @classmethod
-    def with_key(cls, config_key: str) -> type[Self]:
+    def with_key(cls, key: str) -> type[Self]:
         """The subclass that carries the config of this key."""
-        return _with_key(cls, config_key)
+        return _with_key(cls, key)
 
     @property
-    def config(self) -> GroupedMMConfig:
+    def config(self) -> GemmConfig:
         """The config that this weight's products run under."""
         return config_from_key(self.config_key)
 
@@ -136,9 +138,9 @@ class WrappedWeight(torch.Tensor):
 
 
 @cache
-def _with_key(base: type[WrappedWeight], config_key: str) -> Any:
+def _with_key(base: type[WrappedWeight], key: str) -> Any:
     teach_compile(torch._grouped_mm)
-    return type(base.__name__, (base,), {"config_key": config_key, "__module__": base.__module__})
+    return type(base.__name__, (base,), {"config_key": key, "__module__": base.__module__})
 
 
 def teach_compile(func: Callable[..., Any]) -> None:
@@ -150,6 +152,20 @@ def teach_compile(func: Callable[..., Any]) -> None:
     from torch._dynamo.variables.torch import get_overridable_functions
 
     get_overridable_functions().add(func)
+
+
+def config_key(cls: type[WrappedWeight], weight: Tensor) -> str:
+    """Of the weight among two wrapped operands, one of which is a `cls`, which torch.compile can read."""
+    return cls.config_key if isinstance(weight, cls) else type(weight).config_key  # type: ignore[attr-defined]
+
+
+def follow_autocast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that autocast gives to matrix products. (It leaves the grouped GEMM alone.)"""
+    kind = input.device.type
+    if not torch.is_autocast_enabled(kind):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def unwrap(x: Tensor) -> Tensor:

@@ -36,15 +36,24 @@ examples:
   xmoe bench grouped-mm --shapes llama4,deepseek-v3
   xmoe bench grouped-mm --shapes qwen3 --tokens 4096,16384,32768
   xmoe bench layer --shapes llama4 --recipes fp8_rowwise --peers torchao --compile
+  xmoe bench linear --shapes linear,sweep --compile
   xmoe bench report benchmarks/results/2026-11-21-grouped_mm.json --readme README.md
 """
 _BENCH_COMMANDS = {
     "grouped-mm": "one grouped GEMM: the bare forward, and forward and backward",
     "quantize": "the quantizers, beside a device copy",
     "layer": "SwiGLU experts, the whole MoE layer and that of transformers, forward and backward",
+    "linear": "norm, linear and activation, forward and backward",
     "overhead": "the host time of one op, and a step of a small model, eager and from a CUDA graph",
 }
-_PEERS = {"grouped-mm": "torch, torchao, jax, tokamax", "layer": "torch, torchao, transformers", "overhead": "torchao"}
+_PEERS = {
+    "grouped-mm": "torch, torchao, jax, tokamax",
+    "layer": "torch, torchao, transformers",
+    "linear": "torchao",
+    "overhead": "torchao",
+}
+_LINEAR_FILTER = Path("torch_backend/linear_filter.toml")
+"""In a checkout."""
 # Options that set a field of TrainConfig each: (option, field, type, help).
 _FIELDS = (
     ("--steps", "steps", int, "optimiser steps"),
@@ -143,7 +152,7 @@ def _add_bench(commands: Any) -> None:
     out = "where the files go (default: benchmarks/results where that is a folder, else runs/bench)"
     for name, text in _BENCH_COMMANDS.items():
         what = whats.add_parser(name, help=text, description=f"Measure {text}.")
-        some = "tiny, moe" if name == "overhead" else "llama4, deepseek-v3, qwen3"
+        some = {"overhead": "tiny, moe", "linear": "linear, sweep"}.get(name, "llama4, deepseek-v3, qwen3")
         shapes = f"names of shapes or the start of several ({some}), all, or TOML files with [[shape]]s"
         what.add_argument("--shapes", metavar="NAME[,NAME...]", help=shapes)
         if name == "grouped-mm":
@@ -155,7 +164,7 @@ def _add_bench(commands: Any) -> None:
         what.add_argument("--rounds", metavar="N", type=int, default=5, help="timings of each system (default: 5)")
         if peers := _PEERS.get(name):
             what.add_argument("--peers", metavar="NAME[,NAME...]", help=f"of {peers} (default: those installed)")
-        if name in ("grouped-mm", "layer"):
+        if name in ("grouped-mm", "layer", "linear"):
             what.add_argument("--compile", action="store_true", help="also with torch.compile")
         what.set_defaults(command=_bench, what=name, tokens=None, peers=None, compile=False, cached=False)
     report = whats.add_parser(
@@ -164,6 +173,8 @@ def _add_bench(commands: Any) -> None:
     report.add_argument("result", metavar="RESULT.json", type=_path, help="a file that a run has left")
     readme = "also put the speed section of a grouped-mm run between the two markers of FILE (README.md)"
     report.add_argument("--readme", metavar="FILE", type=_path, nargs="?", const=Path("README.md"), help=readme)
+    table = "also write the speeds of a linear run, which auto_filter_small_kn goes by, to FILE (that of the package)"
+    report.add_argument("--linear-filter", metavar="FILE", type=_path, nargs="?", const=_LINEAR_FILTER, help=table)
     report.set_defaults(command=_bench_report)
 
 
@@ -191,7 +202,7 @@ def _bench_report(options: argparse.Namespace) -> int:
     from xmoe.train.files import UserError
 
     try:
-        text = write_report(options.result, options.readme)
+        text = write_report(options.result, options.readme, options.linear_filter)
     except UserError as error:
         print(f"xmoe: error: {error}", file=sys.stderr)
         return 1

@@ -25,6 +25,20 @@ class Shape(NamedTuple):
         return 2 * self.M * self.N * self.K
 
 
+class LinearShape(NamedTuple):
+    """One linear: x [M, K] @ weight [N, K]^T."""
+
+    name: str
+    M: int
+    K: int
+    N: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one of the three GEMMs (fwd, dgrad, wgrad)."""
+        return 2 * self.M * self.K * self.N
+
+
 class LayerShape(NamedTuple):
     """One SwiGLU MoE layer: ``tokens`` of width ``dim`` go to ``top_k`` each of ``experts`` of width ``hidden``."""
 
@@ -97,6 +111,15 @@ OVERHEADS: tuple[Shape | StackShape, ...] = (
     StackShape("moe_16_layers", 16, 4096, 1024, 512, 16, 2),
 )
 """What shows the cost of launching: one op with next to nothing to do, and a small model of many layers."""
+
+LINEARS: tuple[LinearShape, ...] = (
+    *(
+        LinearShape(f"linear_{K}_{N}", 16384, K, N)
+        for K, N in ((4096, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672))
+    ),
+    *(LinearShape(f"sweep_{K}_{N}", 16384, K, N) for K in (1024, 2048, 4096) for N in (1024, 2048, 4096)),
+)
+"""Linears of large models (of Llama 3, 8B and 70B), and a sweep over smaller ones: where 8 bits begin to pay."""
 
 ALL: dict[str, Shape] = {shape.name: shape for shape in (*MODELS, *SMALL)}
 """By name, for command lines."""

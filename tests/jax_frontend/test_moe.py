@@ -84,6 +84,8 @@ def test_config_by_parameter_path() -> None:
     assert moe.experts.configs == (fp8, None, fp8)
     assert layer(config=config, path=("layers", 0, "moe")).experts.configs == (fp8, None, fp8)
     assert layer(config="fp8_rowwise").experts.configs == (fp8, fp8, fp8)
+    linears = FqnToConfig({"layers.0.moe.experts.w1": fp8, "_default": "rowwise"})  # which is no recipe of experts
+    assert layer(config=linears, path="layers.0.moe").experts.configs == (fp8, None, None)
     by_name, x = layer(config=FqnToConfig({"experts": "fp8_rowwise"})), tokens()
     np.testing.assert_array_equal(apply(by_name, x)[0], apply(layer(config="fp8_rowwise"), x)[0])
     assert not np.array_equal(apply(moe, x)[0], apply(by_name, x)[0])

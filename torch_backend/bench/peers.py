@@ -1,4 +1,4 @@
-"""torchao 0.18's fp8 training: its grouped GEMM and its conversion of modules."""
+"""torchao 0.18's fp8 training: its grouped GEMM and its conversions of modules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +28,17 @@ def grouped_mm() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from torchao.prototype.moe_training import _to_fp8_rowwise_then_scaled_grouped_mm as fp8  # type: ignore (optional)
 
     return lambda A, B_t, offs: fp8(A, B_t, offs, pad_token_groups_for_grouped_mm=False)
+
+
+TORCHAO_LINEARS = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+"""The recipes of torchao's Float8Linear."""
+
+
+def convert_linears(model: nn.Module, recipe: str) -> None:
+    """Makes the linears inside ``model`` torchao's Float8Linear, in place. Raises ImportError."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore (optional)
+
+    convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe))
 
 
 def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]) -> None:

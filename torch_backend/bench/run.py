@@ -13,8 +13,8 @@ from xmoe.bench.harness import Case, Memory, Timer, run_cases
 from xmoe.bench.options import Options
 from xmoe.bench.results import Row
 from xmoe.config import config_from_recipe
-from xmoe.shapes import LayerShape, StackShape
-from xmoe.torch_backend.bench import grouped_mm, layer, overhead, quantize
+from xmoe.shapes import LayerShape, LinearShape, StackShape
+from xmoe.torch_backend.bench import grouped_mm, layer, linear, overhead, quantize
 from xmoe.torch_backend.bench.gpu import CudaMemory, CudaTimer, ceilings, facts
 from xmoe.train.files import UserError
 
@@ -69,6 +69,8 @@ def makers(
             of_transformers = (layer.transformers_case,) if "transformers" in options.peers else ()
             for make in (layer.experts_case, layer.layer_case, *of_transformers):
                 yield shape.name, partial(make, options, shape, device, capability, backend)
+        elif isinstance(shape, LinearShape):
+            yield shape.name, partial(linear.case, options, shape, device, capability, backend)
         elif isinstance(shape, StackShape):
             for captured in (False, True):
                 yield shape.name, partial(overhead.step_case, options, shape, device, capability, captured=captured)

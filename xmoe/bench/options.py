@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xmoe.config import RECIPES, config_from_recipe
+from xmoe.config import LINEAR_RECIPES, RECIPES, config_from_recipe
 from xmoe.operands import FEATURE_MULTIPLE
-from xmoe.shapes import LAYERS, MODELS, OVERHEADS, LayerShape, Shape, StackShape
+from xmoe.shapes import LAYERS, LINEARS, MODELS, OVERHEADS, LayerShape, LinearShape, Shape, StackShape
 from xmoe.train.files import UserError
 
-COMMANDS = ("grouped-mm", "quantize", "layer", "overhead")
+COMMANDS = ("grouped-mm", "quantize", "layer", "linear", "overhead")
 PEERS = {
     "torch": "pip install torch",
     "torchao": "pip install torchao",
@@ -27,14 +27,16 @@ JAX_PEERS = ("jax", "tokamax")
 PEERS_OF = {
     "grouped-mm": ("torch", "torchao", "jax", "tokamax"),
     "layer": ("torch", "torchao", "transformers"),
+    "linear": ("torchao",),
     "quantize": (),
     "overhead": ("torchao",),
 }
-AnyShape = Shape | LayerShape | StackShape
+AnyShape = Shape | LayerShape | LinearShape | StackShape
 SHAPES: dict[str, tuple[AnyShape, ...]] = {
     "grouped-mm": MODELS,
     "quantize": MODELS,
     "layer": tuple(LAYERS.values()),
+    "linear": LINEARS,
     "overhead": OVERHEADS,
 }
 """Those with names."""
@@ -42,10 +44,13 @@ DEFAULT_SHAPES = {
     "grouped-mm": "llama4_g8,deepseek_v3_g8",
     "quantize": "llama4_g8,deepseek_v3_g8",
     "layer": "all",
+    "linear": "linear",
     "overhead": "all",
 }
 BASE_RECIPES = tuple(recipe for recipe in RECIPES if recipe == config_from_recipe(recipe).format)
 """One recipe for each format: the default."""
+BASE_LINEAR_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8_cublas_rceil")
+"""The same of linears."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +100,10 @@ def make_options(
     """
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: give 1 or more")
-    names = BASE_RECIPES if recipes is None else tuple(_names(recipes))
-    if unknown := [name for name in names if name not in RECIPES]:
-        raise UserError(f"--recipes: {unknown[0]!r} is not known; use {', '.join(RECIPES)}")
+    known, base = (LINEAR_RECIPES, BASE_LINEAR_RECIPES) if command == "linear" else (RECIPES, BASE_RECIPES)
+    names = base if recipes is None else tuple(_names(recipes))
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--recipes: {unknown[0]!r} is not known; use {', '.join(known)}")
     found = find_shapes(command, DEFAULT_SHAPES[command] if shapes is None else shapes)
     if tokens is not None:
         found = with_tokens(found, tokens)

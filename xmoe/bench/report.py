@@ -12,6 +12,7 @@ from xmoe.train.files import UserError, write_atomically
 
 FORWARD = "forward GEMM, operands quantized"
 BOTH = "forward and backward"
+LINEAR = "norm, linear, activation, forward and backward"
 EMPTY = "–"
 _PER_MS = {"ms": 1, "µs": 1e3}
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
@@ -34,8 +35,11 @@ class Table:
         return min(times, default=None)
 
     def speedup(self, row: Row, system: str) -> float | None:
-        """How many times as fast as ``system`` the row's system is."""
+        """How many times as fast as ``system`` the row's system is. For torchao it is that of the row's recipe, where
+        the run has several."""
         base = self.baseline_ms(row, system)
+        if system == TORCHAO and base is None:
+            base = self.baseline_ms(row, f"torchao {row.system.partition(' ')[2]}")
         return None if base is None or row.ms is None else base / row.ms
 
     def tflops(self, row: Row) -> float | None:
@@ -213,6 +217,29 @@ def _forward_sentence(table: Table) -> str:
         f"The fp8 forward GEMM alone runs at {ours} TFLOP/s over the Llama 4 and DeepSeek-V3 shapes, "
         f"`torch._scaled_grouped_mm` at {peer}."
     )
+
+
+def linear_filter(results: Results, source: str) -> str:
+    """The text of ``linear_filter.toml``: how many times as fast as bf16 each recipe is at each shape, both by the
+    faster of eager and compiled. ``source``: the run's name. Raises UserError where it is none of linears."""
+    rows = results.tables().get(LINEAR, [])
+    table, lines, seen = Table(results, rows), [], set()
+    for row in rows:
+        ours, base = table.baseline_ms(row, row.system), table.baseline_ms(row, BF16)
+        recipe = row.system.removeprefix("xmoe ")
+        if recipe == row.system or (recipe, row.shape) in seen or ours is None or base is None:
+            continue
+        seen.add((recipe, row.shape))
+        sizes = ", ".join(f"{letter} = {row.dims[letter]}" for letter in ("M", "K", "N"))
+        lines.append(f'    {{ recipe = "{recipe}", {sizes}, value = {base / ours:.3f} }},')
+    if not lines:
+        raise UserError(f"{source} has no times of linears; give a run of xmoe bench linear")
+    head = [
+        "# How many times as fast as in bf16 linears are: norm, linear and activation, forward and backward, both the",
+        f"# faster of eager and torch.compile. Written by `xmoe bench report {source} --linear-filter`.",
+        f"# {machine(results)}.",
+    ]
+    return "\n".join([*head, "", "measured = true", "speedup = [", *sorted(lines), "]", ""])
 
 
 def update_readme(readme: Path, section: str) -> None:

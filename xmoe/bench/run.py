@@ -125,9 +125,14 @@ def start_worker(framework: str, options: Options) -> Iterator[dict[str, Any]]:
         raise WorkerFailed(f"the process that measured {framework} failed, see above; its rows until then are kept")
 
 
-def write_report(path: Path, readme: Path | None) -> str:
-    """The Markdown of a recorded run; with ``readme``, also put its section there. Raises UserError."""
+def write_report(path: Path, readme: Path | None, linear_filter: Path | None = None) -> str:
+    """The Markdown of a recorded run; with ``readme``, also put its section there, with ``linear_filter`` the speeds of
+    a run of linears. Raises UserError."""
     results = Results.load(path)
+    if linear_filter is not None:
+        text = report.linear_filter(results, path.name)
+        with writing(linear_filter):
+            write_atomically(linear_filter, text.encode())
     if readme is not None:
         source = Path(os.path.relpath(path, readme.parent)).as_posix()
         report.update_readme(readme, report.readme_section(results, source))
