@@ -46,7 +46,7 @@ def results(file: str, folder: Path) -> dict[str, str]:
     ]
     outputs = []
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -65,7 +65,7 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    timeout = datetime.timedelta(seconds=30)
+    timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timeout)
     ranks = Ranks(rank, init_device_mesh("cpu", (WORLD,)), folder)
     errors = {}

@@ -22,6 +22,11 @@ from xmoe import FP8GroupedMMConfig, FqnToConfig
 from xmoe.torch_backend import MoE, ScaledGroupedMMTensor, quantize_, scaled_grouped_mm, unquantize_
 from xmoe.torch_backend.ops import grouped_mm_forward
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # inside inductor and forward mode
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),  # of torch.export.load in 2.11
+]
+
 FP8 = FP8GroupedMMConfig()
 OFFS = torch.tensor([3, 3, 9, 20], dtype=torch.int32)
 
@@ -383,7 +388,6 @@ def by_vmap_of_experts(model: nn.Module) -> Any:
 TRANSFORMS = [by_vmap, by_ensemble, by_grad, by_jvp, by_forward_mode, by_vmap_of_experts]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # inside forward mode
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_are_refused(transform: Callable[[nn.Module], Any], frozen: bool) -> None:
