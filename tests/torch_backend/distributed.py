@@ -36,14 +36,7 @@ def checks(module: object) -> dict[str, Check]:
 
 def results(file: str, folder: Path) -> dict[str, str]:
     """Runs a file of checks; what each check raised, with the rank it raised on, or ""."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, file, str(folder)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(WORLD)
-    ]
+    processes = [_start(file, folder, rank) for rank in range(WORLD)]
     outputs = []
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -58,6 +51,17 @@ def results(file: str, folder: Path) -> dict[str, str]:
         for name, error in json.loads(path.read_text()).items():
             found[name] = found.get(name, "") + (f"rank {rank}: {error}" if error else "")
     return found
+
+
+def _start(file: str, folder: Path, rank: int) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor-{rank}"),
+    }
+    command = [sys.executable, file, str(folder), str(rank)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def main() -> None:
