@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from xmoe.config import LINEAR_RECIPES, LinearConfig
 from xmoe.operands import FEATURE_MULTIPLE
 from xmoe.torch_backend.checks import refuse_transforms
 from xmoe.torch_backend.linear_ops import scheme, unseen_linear
+from xmoe.torch_backend.observe import observed_linear, observers
 from xmoe.torch_backend.ops import unseen
 from xmoe.torch_backend.weight_cache import cached
 from xmoe.torch_backend.wrapper import WrappedWeight, config_key, follow_autocast, unwrap
+
+Product = Callable[[Tensor, Tensor, str], Tensor]
+"""[M, N] of [M, K] and [N, K], under the config with a key."""
 
 _linear_op = torch.ops.xmoe.linear.default
 
@@ -44,15 +49,17 @@ def scaled_linear(
     return linear_by_key(input, weight, bias, config.to_key())
 
 
-def linear_by_key(input: Tensor, weight: Tensor, bias: Tensor | None, key: str) -> Tensor:
-    """`scaled_linear` with the config as its key, the form that the op carries."""
+def linear_by_key(
+    input: Tensor, weight: Tensor, bias: Tensor | None, key: str, product: Product | None = None
+) -> Tensor:
+    """`scaled_linear` with the config as its key, the form that the op carries. `product` computes it of matrices."""
     dtype, N = input.dtype, weight.shape[0]
     if torch.float16 in (dtype, weight.dtype):  # exact in float32, which the kernels read
         input, weight = (x.float() if x.dtype == torch.float16 else x for x in (input, weight))
     if ";pad_inner_dim=true" in key:
         input, weight = _padded(input, weight)
     rows = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
-    out = _product(rows, weight, key)
+    out = (product or _product)(rows, weight, key)
     if out.shape[1] != N:
         out = out[:, :N]
     if input.ndim != 2:
@@ -105,9 +112,12 @@ def _linear(
 def _product_of(input: Tensor, weight: Tensor, bias: Tensor | None, key: str) -> Tensor:
     """``linear`` of a weight [N, K] with this key."""
     input, weight, bias = follow_autocast(input, weight, bias)
+    product = None
     if not torch.compiler.is_compiling():  # what the op saves for the backward is plain
         input, weight = unwrap(input), unwrap(weight)
-    return linear_by_key(input, weight, bias, key)
+        if observers:
+            product = partial(observed_linear, product=_product, parameter=weight)
+    return linear_by_key(input, weight, bias, key, product)
 
 
 def _matmul(cls: type[ScaledLinearTensor], func: Callable[..., Any], input: Tensor, other: Tensor) -> Any:

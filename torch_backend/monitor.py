@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xmoe.torch_backend.numerics import Energy, Gemm, Tally
 from xmoe.torch_backend.observe import observers
-from xmoe.torch_backend.wrapper import WrappedWeight, unwrap
+from xmoe.torch_backend.wrapper import unwrap, weight_class
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,13 @@ def monitor(model: nn.Module, every: int = 100, writer: Any = None, *, step: int
          "dgrad": {"sqnr": 27.6, "gradient": {…}, "weight": {…}},
          "wgrad": {"sqnr": 27.6, "activation": {…}, "gradient": {…}}}
 
-    ``amax`` is the largest magnitude, ``saturated`` the share of elements that the cast to e4m3 cuts off (beyond 448
-    times their scale), ``flushed`` that of elements other than zero that become zero: counted in the bytes that the
-    recipe makes, each operand along the contraction of its GEMM. ``sqnr`` is the signal-to-noise ratio, in dB, of the
-    GEMM's result beside that of the bf16 recipe on the same operands. Operands and GEMMs in bf16 have ``amax`` only,
-    a GEMM that the training does not need is left out, and what is not finite is None. The rows of all experts count
-    together, and so do all products of a step (micro-batches), ``products`` of them; rows past the last offset do not.
+    ``amax`` is the largest magnitude, ``saturated`` the share of elements that the cast to fp8 cuts off (beyond its
+    largest number times their scale), ``flushed`` that of elements other than zero that become zero: counted in the
+    bytes that the recipe makes, each operand along the contraction of its GEMM. ``sqnr`` is the signal-to-noise ratio,
+    in dB, of the GEMM's result beside that of the bf16 recipe on the same operands. Operands and GEMMs in bf16 have
+    ``amax`` only, a GEMM that the training does not need is left out, and what is not finite is None. The rows of all
+    experts count together, and so do all products of a step (micro-batches), ``products`` of them; rows past the last
+    offset do not.
 
     Training keeps its bits. Steps in between cost a look at an empty list for each product, and wait for nothing. A
     measured step takes several times as long, waits for the device, and keeps the operands of each product for the
@@ -142,7 +143,7 @@ class Monitor:
         found, seen = {}, set()
         for module_name, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(_local(parameter), WrappedWeight) and id(parameter) not in seen:
+                if weight_class(parameter) is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
                     found[f"{module_name}.{name}".removeprefix(".")] = module, name
         return found

@@ -1,4 +1,4 @@
-"""What a recipe does to the operands and to the results of one grouped GEMM, as numbers.
+"""What a recipe does to the operands and to the results of one grouped GEMM, or of a linear, as numbers.
 
 M = tokens, K = contraction of the forward, N = output features, G = groups (experts).
 
@@ -13,11 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xmoe.config import GroupedMMConfig
-from xmoe.kernels import emulation
+from xmoe.config import Element, Float8LinearConfig, GroupedMMConfig, LinearConfig
+from xmoe.kernels import emulation, tensorwise
 
 _PIECE = 1 << 24
 """Elements that are quantized at a time, about."""
+_E5M2 = "fp8_tensorwise_e5m2"
+_TENSORWISE = ("fp8_tensorwise", _E5M2)
 
 
 class Tally(NamedTuple):
@@ -68,7 +70,7 @@ def measure(
     B: Tensor,
     offs: Tensor,
     dOut: Tensor,
-    config: GroupedMMConfig,
+    config: GroupedMMConfig | LinearConfig,
     results: Results,
     reference: Results,
     parts: Sequence[slice] = (slice(None),),
@@ -77,10 +79,12 @@ def measure(
     of N: the weights that were joined to B.
 
     Args:
-        A, B, offs, dOut: [M, K], [G, K, N], int32 [G], [M, N], in bf16 or fp32.
+        A, B, offs, dOut: [M, K], [G, K, N], int32 [G], [M, N], in bf16 or fp32; of a linear one group.
         config: what `results` were computed under; `reference` are the bf16 recipe's.
     """
-    forward, wgrad = config.format, "bf16" if config.wgrad_with_hp else config.format
+    forward = config.format
+    gradient = _E5M2 if isinstance(config, Float8LinearConfig) and config.grad_dtype is Element.E5M2 else forward
+    wgrad, wgrad_gradient = ("bf16", "bf16") if config.wgrad_with_hp else (forward, gradient)
     ends = emulation.group_ends(offs, A.shape[0])
     tokens = ends[-1] if ends else 0
     out, dA, dB = results
@@ -91,7 +95,7 @@ def measure(
 
     activation = of_rows(A[:tokens], forward, (slice(None),))[0]
     along_n = of_weights(B, forward, parts) if dA is not None else []
-    gradients = of_rows(dOut[:tokens], forward, parts) if dA is not None else []
+    gradients = of_rows(dOut[:tokens], gradient, parts) if dA is not None else []
     A_tokens = of_tokens(A, offs, wgrad) if dB is not None else None
     dA_energy = energy(dA, dA_ref, forward)
 
@@ -104,7 +108,7 @@ def measure(
         if dA is not None:
             gemms["dgrad"] = Gemm({"gradient": gradients[index], "weight": along_n[index]}, dA_energy)
         if dB is not None and dB_ref is not None and A_tokens is not None:
-            operands = {"activation": A_tokens, "gradient": of_tokens(dOut[:, part], offs, wgrad)}
+            operands = {"activation": A_tokens, "gradient": of_tokens(dOut[:, part], offs, wgrad_gradient)}
             gemms["wgrad"] = Gemm(operands, energy(dB[..., part], dB_ref[..., part], wgrad))
         found.append(gemms)
     return found
@@ -112,6 +116,9 @@ def measure(
 
 def of_rows(x: Tensor, fmt: str, parts: Sequence[slice]) -> list[Tally]:
     """Of x [R, C], quantized along C, the `parts` of C."""
+
+    if fmt in _TENSORWISE:
+        return [_of_tensor(x, fmt)]
 
     def pieces() -> Iterator[_Piece]:
         for rows in x.split(max(1, _PIECE // max(x.shape[1], 1))):
@@ -124,6 +131,9 @@ def of_rows(x: Tensor, fmt: str, parts: Sequence[slice]) -> list[Tally]:
 def of_weights(B: Tensor, fmt: str, parts: Sequence[slice]) -> list[Tally]:
     """Of B [G, P, C], quantized along C, the `parts` of C."""
 
+    if fmt in _TENSORWISE:
+        return [_of_tensor(B.flatten(0, 1), fmt)]
+
     def pieces() -> Iterator[_Piece]:
         for weight in B.split(1):
             operand = None if fmt == "bf16" else emulation.quantize_weights(weight, "N", fmt)
@@ -134,6 +144,8 @@ def of_weights(B: Tensor, fmt: str, parts: Sequence[slice]) -> list[Tally]:
 
 def of_tokens(x: Tensor, offs: Tensor, fmt: str) -> Tally:
     """Of x [M, C], quantized along the tokens of each group."""
+    if fmt in _TENSORWISE:
+        return _of_tensor(x, fmt)
     layout = emulation.token_layout(emulation.group_ends(offs, x.shape[0]))
 
     def pieces() -> Iterator[_Piece]:
@@ -144,6 +156,19 @@ def of_tokens(x: Tensor, offs: Tensor, fmt: str) -> Tally:
                 group = slice(column, column + end - start)
                 data, values = (None if each is None else each[:, group] for each in padded[1:])
                 yield _Piece(columns[start:end].t(), data, values)
+
+    return _tallies(pieces(), (slice(None),), fmt)[0]
+
+
+def _of_tensor(x: Tensor, fmt: str) -> Tally:
+    """Of x [R, C], a linear's operand under one scale."""
+
+    def pieces() -> Iterator[_Piece]:
+        if x.numel():
+            maxima = tensorwise.find_maxima(x, plain=True)
+            for rows in x.split(_rows(x)):
+                data, _, scale = tensorwise.cast(rows, maxima, fmt == _E5M2, True, False, emulated=True)
+                yield _Piece(rows, data, data.float() * scale)
 
     return _tallies(pieces(), (slice(None),), fmt)[0]
 

@@ -56,6 +56,31 @@ def observed_grouped_mm(A: Tensor, B: Tensor, offs: Tensor, config_key: str, wei
     return _Observed.apply(lambda A, B, offs: grouped_mm_by_key(A, B, offs, config_key), backward, A, B, offs)
 
 
+def observed_linear(
+    x: Tensor, weight: Tensor, config_key: str, product: Callable[[Tensor, Tensor, str], Tensor], parameter: Tensor
+) -> Tensor:
+    """``product(x, weight, config_key)``, [M, N] of x [M, K] and a linear's `weight` [N, K], which is made of
+    `parameter`; measured as a grouped GEMM of one group."""
+    observer, name = _find(parameter)
+    if observer is None or name is None:
+        return product(x, weight, config_key)
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return product(x, weight, config_key)
+
+    def backward(saved: Sequence[Tensor], dOut: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        x, weight = saved
+        out, (dx, dw) = _differentiated(call, saved, dOut, needs)
+        B, offs = weight.mT.unsqueeze(0), torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
+        reference = _results(x, B, offs, dOut, key_with_out_dtype(_BF16, out.dtype), *needs)
+        results = out, dx, None if dw is None else dw.mT.unsqueeze(0)
+        (gemms,) = measure(x, B, offs, dOut, config_from_key(config_key), results, reference)
+        observer.record(name, config_key, gemms)
+        return dx, dw
+
+    return _Observed.apply(call, backward, x, weight)
+
+
 def observed_swiglu_experts(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, order: Tensor | None = None
 ) -> Tensor:
@@ -128,15 +153,17 @@ def _measured(
 ) -> tuple[list[dict[str, Gemm]], Results]:
     """What `measure` finds of a grouped GEMM that is run here, and its results."""
 
-    def results(key: str) -> Results:
-        out, (dA, dB, _) = _differentiated(
-            lambda A, B, offs: grouped_mm_by_key(A, B, offs, key), (A, B, offs), dOut, (need_dA, need_dB, False)
-        )
-        return out, dA, dB
-
-    found, config = results(config_key), config_from_key(config_key)
-    reference = found if config.format == "bf16" else results(key_with_out_dtype(_BF16, found[0].dtype))
+    found, config = _results(A, B, offs, dOut, config_key, need_dA, need_dB), config_from_key(config_key)
+    bf16 = key_with_out_dtype(_BF16, found[0].dtype)
+    reference = found if config.format == "bf16" else _results(A, B, offs, dOut, bf16, need_dA, need_dB)
     return measure(A, B, offs, dOut, config, found, reference, parts), found
+
+
+def _results(A: Tensor, B: Tensor, offs: Tensor, dOut: Tensor, key: str, need_dA: bool, need_dB: bool) -> Results:
+    out, (dA, dB, _) = _differentiated(
+        lambda A, B, offs: grouped_mm_by_key(A, B, offs, key), (A, B, offs), dOut, (need_dA, need_dB, False)
+    )
+    return out, dA, dB
 
 
 def _measured_experts(

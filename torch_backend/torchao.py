@@ -45,9 +45,10 @@ def convert(module: nn.Module, config: Any, parameter_name: str | None = None) -
         if not parameters:
             return module
         if not any(parameter.ndim == ndim for parameter in parameters.values()):
+            wanted = "the experts" if ndim == 3 else "linears"
             raise ValueError(
                 f"{type(config).__name__} was given to a {kind}, which holds no parameter with {ndim} dimensions; name "
-                "the experts. torchao's quantize_ takes every nn.Linear if filter_fn is left out, and for '_default'"
+                f"{wanted}. torchao's quantize_ takes every nn.Linear if filter_fn is left out, and for '_default'"
             )
         quantize_(module, config, verbose=False)
     else:

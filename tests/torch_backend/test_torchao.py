@@ -88,6 +88,24 @@ def test_both_libraries_in_one_call() -> None:
     assert torch.equal(gradient, expected.moe.experts.w1.grad)
 
 
+def test_linears() -> None:
+    """xmoe's configs for linears, in the default of filter_fn and beside experts."""
+    for recipe in xmoe.LINEAR_RECIPES:
+        model = Model()
+        config = xmoe.LinearConfig.from_recipe(recipe)
+        quantize_(model, config)
+        assert {name for name, p in model.named_parameters() if type(p) is not nn.Parameter} == {
+            "pre.weight",
+            "post.weight",
+        }
+    config = fqn_to_config(("re:.*experts.*", MX), ("re:^(pre|post)$", xmoe.MXLinearConfig()))
+    quantize_(model := Model(), config, filter_fn=None)
+    assert model.pre.weight.config == xmoe.MXLinearConfig()
+    assert set(keys(model)) == {"moe.experts.w1", "moe.experts.w2", "moe.experts.w3"}
+    with pytest.raises(ValueError, match="no parameter with 2 dimensions"):
+        quantize_(Model(), xmoe.MXLinearConfig(), lambda module, fqn: fqn == "moe.experts")
+
+
 @pytest.mark.parametrize(
     ("items", "w1", "others"),
     [
