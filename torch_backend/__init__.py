@@ -11,6 +11,7 @@ from xmoe.torch_backend.grouped_mm import (
     to_mxfp8_then_scaled_grouped_mm,
 )
 from xmoe.torch_backend.moe import MoE
+from xmoe.torch_backend.parameters import unquantize_
 from xmoe.torch_backend.quantize import quantize_
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
 from xmoe.torch_backend.utils import generate_jagged_offs
@@ -31,4 +32,5 @@ __all__ = [
     "swiglu_experts",
     "to_fp8_rowwise_then_scaled_grouped_mm",
     "to_mxfp8_then_scaled_grouped_mm",
+    "unquantize_",
 ]

@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from xmoe.config import RECIPES, GroupedMMConfig, as_config
 from xmoe.fqn import DEFAULT, UNMATCHED, FqnToConfig, Unmatched, enclosing
 from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.torch_backend.parameters import convert
 from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
-from xmoe.torch_backend.wrapper import unwrap
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -44,9 +44,9 @@ def quantize_(
 ) -> None:
     """Wraps expert weights in `ScaledGroupedMMTensor`: the parameters of `model` with three dimensions that match.
 
-    Names, shapes, dtypes and values stay as they are; a converted parameter is a new ``nn.Parameter`` on the same
-    storage, so make the optimizer afterwards. A tied parameter is converted once, for all its owners, if it matches
-    under one of its names. Converting again replaces the config.
+    Names, shapes, dtypes and values stay as they are, and so do the ``nn.Parameter`` objects: optimizers and hooks that
+    know them, made before or after, go on working. A tied parameter is converted for all its owners if it matches under
+    one of its names. Converting again replaces the config; `unquantize_` undoes it.
 
     Args:
         model: any module whose experts go through ``torch._grouped_mm`` or ``torch.nn.functional.grouped_mm``.
@@ -97,12 +97,8 @@ def quantize_(
         logger.warning("quantize_: left alone: %s", misfit)
 
     for owners, chosen in matched:
-        old = getattr(owners[0].module, owners[0].name)
-        new = nn.Parameter(ScaledGroupedMMTensor(old, chosen), requires_grad=old.requires_grad)
-        new.grad = old.grad
         for owner in owners:
-            setattr(owner.module, owner.name, new)
-            _keep_wrapped_on_load(owner.module)
+            convert(owner.module, owner.name, ScaledGroupedMMTensor.with_key(chosen.to_key()))
     if verbose and matched:
         logger.info("quantize_: %d of %d expert parameters\n%s", len(matched), len(parameters), _table(matched))
 
@@ -167,21 +163,3 @@ def _table(matched: _Matched) -> str:
         rows.append((" = ".join(owner.fqn for owner in owners), str(list(parameter.shape)), dtype, config.to_key()))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def _keep_wrapped_on_load(module: nn.Module) -> None:
-    hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", None) is _rewrap for hook in hooks):
-        module.register_load_state_dict_pre_hook(_rewrap)
-
-
-def _rewrap(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
-) -> None:
-    """Before ``load_state_dict(assign=True)`` puts the checkpoint's plain tensors in the place of wrapped weights."""
-    if not local_metadata.get("assign_to_params_buffers", False):
-        return
-    for name, parameter in module.named_parameters(recurse=False):
-        value = state_dict.get(prefix + name)
-        if isinstance(parameter, ScaledGroupedMMTensor) and isinstance(value, Tensor) and value.ndim == 3:
-            state_dict[prefix + name] = ScaledGroupedMMTensor(unwrap(value), parameter.config)
