@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError(f'xmoe.jax_frontend.MoE needs flax ({error}): pip install "xmoe[flax]"') from error
 
-from xmoe.config import GroupedMMConfig, as_config
+from xmoe.config import GroupedMMConfig, LinearConfig, as_config
 from xmoe.fqn import UNMATCHED, FqnToConfig, Name, dotted
 from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.permute import combine, permute_tokens
@@ -198,6 +198,7 @@ def _resolve(config: Any, path: str) -> ExpertConfigs:
         return ExpertConfigs(config, config, config)
     experts = f"{path}.experts".lstrip(".")
     found = [config.resolve(f"{experts}.{name}") for name in ExpertConfigs._fields]
+    found = [UNMATCHED if isinstance(c, LinearConfig) else c for c in found]  # which says nothing about experts
     if all(c is UNMATCHED for c in found):
         _log.warning(
             "MoE: no key of config matches %s.w1, .w2 or .w3, so they stay unquantized; the keys are %s. Give path= "

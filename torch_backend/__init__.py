@@ -1,4 +1,4 @@
-"""xmoe for PyTorch: grouped GEMMs, the weight wrapper and ``quantize_``, an MoE layer."""
+"""xmoe for PyTorch: grouped GEMMs, linears, their weight wrappers and ``quantize_``, an MoE layer."""
 
 from xmoe.torch_backend.auto_filter import auto_filter
 from xmoe.torch_backend.combine import combine, permute_tokens
@@ -10,6 +10,7 @@ from xmoe.torch_backend.grouped_mm import (
     to_fp8_rowwise_then_scaled_grouped_mm,
     to_mxfp8_then_scaled_grouped_mm,
 )
+from xmoe.torch_backend.linear import ScaledLinearTensor, scaled_linear
 from xmoe.torch_backend.moe import MoE
 from xmoe.torch_backend.parameters import unquantize_
 from xmoe.torch_backend.quantize import quantize_
@@ -20,6 +21,7 @@ from xmoe.torch_backend.weight_cache import cache_weights
 __all__ = [
     "MoE",
     "ScaledGroupedMMTensor",
+    "ScaledLinearTensor",
     "_to_fp8_rowwise_then_scaled_grouped_mm",
     "_to_mxfp8_then_scaled_grouped_mm",
     "auto_filter",
@@ -29,6 +31,7 @@ __all__ = [
     "permute_tokens",
     "quantize_",
     "scaled_grouped_mm",
+    "scaled_linear",
     "swiglu_experts",
     "to_fp8_rowwise_then_scaled_grouped_mm",
     "to_mxfp8_then_scaled_grouped_mm",

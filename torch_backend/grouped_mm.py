@@ -53,13 +53,13 @@ def scaled_grouped_mm(
 def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> Tensor:
     """`scaled_grouped_mm` with the config as its key, the form that the ops carry."""
     save_tokens = B_t.requires_grad and torch.is_grad_enabled()
-    prepared = cached(lambda: _prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
+    prepared = cached(lambda: prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
     if ops.unseen(A, B_t, offs):
         return ops.unseen_grouped_mm(A, B_t, offs, config_key, save_tokens, *prepared)
     return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
 
 
-def _prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:
+def prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list[Tensor], list[Tensor]]:
     """B_t quantized along K and along N; nothing in the bf16 format."""
     devices = (A.device, B_t.device, offs.device)
     ops.check_signature(A.shape, A.dtype, B_t.shape, B_t.dtype, offs.shape, offs.dtype, devices)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from xmoe.config import GroupedMMConfig, config_from_key
+from xmoe.config import GemmConfig, GroupedMMConfig, config_from_key, recipes
 
 _VIEWS = (
     *("adjoint", "as_strided", "chunk", "contiguous", "detach", "expand", "expand_as", "flatten", "movedim", "narrow"),
@@ -55,16 +55,18 @@ class WrappedWeight(torch.Tensor):
     """The dimensions of a parameter of this class; its views may have others."""
     kind: ClassVar[str]
     """What such a parameter is, in messages."""
+    config_type: ClassVar[type[GemmConfig]] = GroupedMMConfig
 
     @staticmethod
-    def __new__(cls, data: Tensor, config: GroupedMMConfig) -> Any:
+    def __new__(cls, data: Tensor, config: GemmConfig) -> Any:
         """Wraps `data`, sharing its storage; ``requires_grad`` is kept, the autograd history is not.
 
         Raises ValueError unless `data` is a floating-point tensor with the dimensions of such a weight and `config` a
         config.
         """
-        if not isinstance(config, GroupedMMConfig):
-            raise ValueError(f"config is {config!r}; give a GroupedMMConfig, such as config_from_recipe('fp8_rowwise')")
+        if not isinstance(config, cls.config_type):
+            kind = cls.config_type
+            raise ValueError(f"config is {config!r}; give a {kind.__name__}, such as that of {recipes(kind)[1]!r}")
         if data.ndim != cls.ndims:
             raise ValueError(
                 f"data has shape {tuple(data.shape)}; only {cls.kind} with {cls.ndims} dimensions can be wrapped"
@@ -79,7 +81,7 @@ class WrappedWeight(torch.Tensor):
         return _with_key(cls, config_key)
 
     @property
-    def config(self) -> GroupedMMConfig:
+    def config(self) -> GemmConfig:
         """The config that this weight's products run under."""
         return config_from_key(self.config_key)
 

@@ -8,17 +8,25 @@ if __name__ == "xmoe" and not (_Path(__file__).parent / "kernels").is_dir():
 
 from typing import TYPE_CHECKING, Any
 
+from xmoe.config import LINEAR_RECIPES as LINEAR_RECIPES
 from xmoe.config import RECIPES as RECIPES
 from xmoe.config import Accumulation as Accumulation
 from xmoe.config import BF16GroupedMMConfig as BF16GroupedMMConfig
 from xmoe.config import BF16GroupedMMRecipe as BF16GroupedMMRecipe
+from xmoe.config import Float8LinearConfig as Float8LinearConfig
+from xmoe.config import Float8LinearRecipeName as Float8LinearRecipeName
 from xmoe.config import FP8GroupedMMConfig as FP8GroupedMMConfig
 from xmoe.config import FP8GroupedMMRecipe as FP8GroupedMMRecipe
+from xmoe.config import GemmConfig as GemmConfig
 from xmoe.config import Granularity as Granularity
 from xmoe.config import GroupedMMConfig as GroupedMMConfig
 from xmoe.config import KernelPreference as KernelPreference
+from xmoe.config import LinearConfig as LinearConfig
+from xmoe.config import LinearGranularity as LinearGranularity
 from xmoe.config import MXFP8GroupedMMConfig as MXFP8GroupedMMConfig
 from xmoe.config import MXFP8GroupedMMRecipe as MXFP8GroupedMMRecipe
+from xmoe.config import MXLinearConfig as MXLinearConfig
+from xmoe.config import MXLinearRecipeName as MXLinearRecipeName
 from xmoe.config import ScaleCalculationMode as ScaleCalculationMode
 from xmoe.config import config_from_key as config_from_key
 from xmoe.config import config_from_recipe as config_from_recipe

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from xmoe import toml
-from xmoe.config import GroupedMMConfig, quantize_table
+from xmoe.config import GemmConfig, quantize_table
 from xmoe.files import write_atomically
 
 DEFAULT = "_default"
@@ -71,10 +71,10 @@ class FqnToConfig:
 
     __slots__ = ("_exact", "_patterns", "fqn_to_config")
 
-    fqn_to_config: Mapping[str, GroupedMMConfig | None]
+    fqn_to_config: Mapping[str, GemmConfig | None]
 
-    def __init__(self, fqn_to_config: Mapping[str, GroupedMMConfig | Mapping[str, Any] | str | None]) -> None:
-        configs: dict[str, GroupedMMConfig | None] = {}
+    def __init__(self, fqn_to_config: Mapping[str, GemmConfig | Mapping[str, Any] | str | None]) -> None:
+        configs: dict[str, GemmConfig | None] = {}
         self._exact: dict[str, str] = {}
         self._patterns: list[tuple[re.Pattern[str], str]] = []
         for key, value in fqn_to_config.items():
@@ -89,7 +89,7 @@ class FqnToConfig:
                     raise ValueError(f"fqn_to_config: {other!r} and {key!r} are the same name; keep one")
         self.fqn_to_config = MappingProxyType(configs)
 
-    def resolve(self, parameter: Name) -> GroupedMMConfig | Literal[Unmatched.UNMATCHED] | None:
+    def resolve(self, parameter: Name) -> GemmConfig | Literal[Unmatched.UNMATCHED] | None:
         """The config of a parameter; None: leave it alone; UNMATCHED: no key says anything about it."""
         key = self.key_for(parameter)
         return UNMATCHED if key is None else self.fqn_to_config[key]
@@ -137,7 +137,7 @@ class FqnToConfig:
         """The mapping in the ``[quantize]`` table of ``text``. Raises ValueError."""
         return cls.from_dict(quantize_table(text))
 
-    def _items(self) -> tuple[tuple[str, GroupedMMConfig | None], ...]:
+    def _items(self) -> tuple[tuple[str, GemmConfig | None], ...]:
         return tuple(self.fqn_to_config.items())
 
     def __eq__(self, other: object) -> bool:
@@ -153,16 +153,16 @@ class FqnToConfig:
         return FqnToConfig, (dict(self.fqn_to_config),)
 
 
-def save_toml(path: str | os.PathLike[str], config: GroupedMMConfig | FqnToConfig) -> None:
+def save_toml(path: str | os.PathLike[str], config: GemmConfig | FqnToConfig) -> None:
     """Writes the file that configures both frontends. A failed write (OSError) leaves an existing file as it was."""
     write_atomically(path, config.to_toml().encode())
 
 
-def load_toml(path: str | os.PathLike[str]) -> GroupedMMConfig | FqnToConfig:
+def load_toml(path: str | os.PathLike[str]) -> GemmConfig | FqnToConfig:
     """The config, or mapping of configs, in a file's ``[quantize]`` table. Raises OSError, or ValueError naming it."""
     try:
         table = quantize_table(Path(path).read_text(encoding="utf-8"))
-        return FqnToConfig.from_dict(table) if "fqn_to_config" in table else GroupedMMConfig.from_dict(table)
+        return FqnToConfig.from_dict(table) if "fqn_to_config" in table else GemmConfig.from_dict(table)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -174,23 +174,23 @@ def _compiled(key: str) -> re.Pattern[str]:
         raise ValueError(f"fqn_to_config: {key!r} is not a regular expression: {error}") from error
 
 
-def _config(key: str, value: Any) -> GroupedMMConfig | None:
+def _config(key: str, value: Any) -> GemmConfig | None:
     if value is None or value == _NONE:
         return None
-    if isinstance(value, GroupedMMConfig):
+    if isinstance(value, GemmConfig):
         return value
     try:
         if isinstance(value, str):
-            return GroupedMMConfig.from_recipe(value)
+            return GemmConfig.from_recipe(value)
         if isinstance(value, Mapping):
-            return GroupedMMConfig.from_dict(value)
+            return GemmConfig.from_dict(value)
     except ValueError as error:
         hint = "; in TOML, quote names that have dots" if isinstance(value, Mapping) and "recipe" not in value else ""
         raise ValueError(f"fqn_to_config[{key!r}]: {error}{hint}") from error
     raise ValueError(f"fqn_to_config[{key!r}]={value!r} is not a config; give a config, a recipe's name, or None")
 
 
-def _plain(config: GroupedMMConfig | None) -> Any:
+def _plain(config: GemmConfig | None) -> Any:
     if config is None:
         return _NONE
     fields = config.to_dict()

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xmoe.config import GroupedMMConfig
+from xmoe.config import Element, Gemm, GroupedMMConfig, LinearConfig
 from xmoe.operands import FORMATS, FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand, padded_tokens
 
 Array = NDArray[np.generic]
@@ -23,10 +23,26 @@ Float64 = NDArray[np.float64]
 _INF_BITS = 0x7F800000
 _NAN_BITS = 0x7FC00000
 _MIN_FP8_AMAX_BITS = int(np.float32(1e-12).view(np.int32))
-_MANTISSA_OF_448 = 0x600000
-"""448 = 1.75 * 2^8: a mantissa beyond this makes amax/448 exceed a power of two."""
-_E4M3_MAX, _E4M3_NAN = 448.0, 0x7F
+_MANTISSA_OF_LARGEST = 0x600000
+"""448 = 1.75 * 2^8: a mantissa beyond this makes amax/448 exceed a power of two. And 57344 = 1.75 * 2^15."""
+_FP8_NAN = 0x7F
+"""In e4m3 as in e5m2."""
 _E8M0_NAN, _E8M0_MAX_FINITE = 0xFF, 0xFE
+
+
+class _Fp8(NamedTuple):
+    """8-bit elements; the largest of either kind is 1.75 times a power of two."""
+
+    dtype: type
+    largest: float
+    exponent: int
+    """Of the largest."""
+
+
+_ELEMENTS = {
+    "e4m3": _Fp8(ml_dtypes.float8_e4m3fn, 448.0, 8),
+    "e5m2": _Fp8(ml_dtypes.float8_e5m2, 57344.0, 15),
+}
 
 
 class TokenGroup(NamedTuple):
@@ -102,12 +118,22 @@ def quantize_tokens(x: Array, offs: ArrayLike, fmt: str) -> Operand:
     return _operand(data, scale, "tokens", fmt)
 
 
+def quantize_tensor(x: Array, element: Element | str = "e4m3", *, axis: str = "K") -> Operand:
+    """Quantizes x [R, C] with one scale: e4m3 or e5m2 [R, C]; scale float32 []. ``axis`` is the name C goes by."""
+    x = _float32("x", x, 2)
+    data, scale = _quantize_blocks(x.reshape(1, -1), "fp8_tensorwise", element)
+    data = data.reshape(x.shape).view(_ELEMENTS[element].dtype)
+    return QuantizedOperand(data, scale[0], axis, "fp8_tensorwise")
+
+
 def dequantize(operand: Operand, offs: ArrayLike | None = None) -> Float64:
     """data * scale in the layout of ``operand.data``, exact in float64 (float32 may overflow to Inf: see the design).
 
     A rowwise "tokens" operand has a scale per group and needs ``offs`` [G]; its padding is zero.
     """
     data = operand.data.astype(np.float64)
+    if operand.format == "fp8_tensorwise":
+        return data * np.float64(operand.scale)
     if operand.format != "fp8_rowwise":
         scale = operand.scale.astype(np.float64)
         if operand.format != "fp8_blockwise":
@@ -170,6 +196,34 @@ def wgrad(A: Array, dOut: Array, offs: ArrayLike, config: GroupedMMConfig) -> Fl
         return _stack([a[g.start : g.end].T @ d[g.start : g.end] for g in groups], (a.shape[1], d.shape[1]))
     a, d = (quantize_tokens(x, offs, config.format) for x in (A, dOut))
     return grouped_mm_tokens(a, d, offs)
+
+
+def linear(x: Array, weight: Array, config: LinearConfig) -> Float64:
+    """out [M, N] = x @ weight^T in the config's format. x [M, K], weight [N, K]."""
+    grouped = config.grouped(Gemm.OUTPUT)
+    if grouped is None:
+        return dequantize(quantize_tensor(x)) @ dequantize(quantize_tensor(weight)).T
+    return forward(x, weight.T[None], [x.shape[0]], grouped)
+
+
+def linear_dgrad(dOut: Array, weight: Array, config: LinearConfig) -> Float64:
+    """dx [M, K] = dOut @ weight in the config's format. dOut [M, N], weight [N, K]."""
+    grouped = config.grouped(Gemm.GRAD_INPUT)
+    if grouped is None:
+        return dequantize(_quantize_gradient(dOut, config)) @ dequantize(quantize_tensor(weight))
+    return dgrad(dOut, weight.T[None], [dOut.shape[0]], grouped)
+
+
+def linear_wgrad(x: Array, dOut: Array, config: LinearConfig) -> Float64:
+    """dweight [N, K] = dOut^T @ x in the config's format, or in bf16 (``wgrad_with_hp``). x [M, K], dOut [M, N]."""
+    grouped = config.grouped(Gemm.GRAD_WEIGHT)
+    if grouped is None:
+        return dequantize(_quantize_gradient(dOut, config)).T @ dequantize(quantize_tensor(x))
+    return wgrad(x, dOut, [x.shape[0]], grouped)[0].T
+
+
+def _quantize_gradient(dOut: Array, config: LinearConfig) -> Operand:
+    return quantize_tensor(dOut, getattr(config, "grad_dtype", Element.E4M3), axis="N")
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------
@@ -248,16 +302,19 @@ def _quantize_squares(x: NDArray[np.float32], fmt: str) -> tuple[NDArray[np.uint
     return data.reshape(squares.shape).swapaxes(2, 3).reshape(x.shape)[:, :P, :C], scale
 
 
-def _quantize_blocks(x: NDArray[np.float32], fmt: str) -> tuple[NDArray[np.uint8], Array]:
-    """x [..., B], one block in each row -> e4m3 bytes [..., B] and scales [...], float32 or E8M0 bytes."""
+def _quantize_blocks(
+    x: NDArray[np.float32], fmt: str, element: Element | str = "e4m3"
+) -> tuple[NDArray[np.uint8], Array]:
+    """x [..., B], one block in each row -> fp8 bytes [..., B] and scales [...], float32 or E8M0 bytes."""
+    fp8 = _ELEMENTS[element]
     amax = _amax_bits(x)
     poisoned = amax >= _INF_BITS
     if fmt.startswith("mxfp8"):
-        byte = np.clip(_exponent(amax, ceil=fmt == "mxfp8_rceil") + 127, 0, _E8M0_MAX_FINITE)
-        return _cast(x, byte - 127, poisoned), np.where(poisoned, _E8M0_NAN, byte).astype(np.uint8)
-    exponent = _exponent(np.maximum(amax, _MIN_FP8_AMAX_BITS), ceil=True)
+        byte = np.clip(_exponent(amax, fp8, ceil=fmt == "mxfp8_rceil") + 127, 0, _E8M0_MAX_FINITE)
+        return _cast(x, byte - 127, poisoned, fp8), np.where(poisoned, _E8M0_NAN, byte).astype(np.uint8)
+    exponent = _exponent(np.maximum(amax, _MIN_FP8_AMAX_BITS), fp8, ceil=True)
     scale_bits = np.where(poisoned, _NAN_BITS, (exponent + 127) << 23).astype(np.int32)
-    return _cast(x, exponent, poisoned), scale_bits.view(np.float32)
+    return _cast(x, exponent, poisoned, fp8), scale_bits.view(np.float32)
 
 
 def _amax_bits(x: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -266,21 +323,23 @@ def _amax_bits(x: NDArray[np.float32]) -> NDArray[np.int32]:
     return bits.max(-1, initial=0)
 
 
-def _exponent(amax_bits: NDArray[np.int32], *, ceil: bool) -> NDArray[np.int32]:
-    """floor(log2 amax) - 8, or ceil(log2(amax/448)), from the bits of a normal float32 amax.
+def _exponent(amax_bits: NDArray[np.int32], fp8: _Fp8, *, ceil: bool) -> NDArray[np.int32]:
+    """floor(log2 amax) - 8, or ceil(log2(amax/448)), from the bits of a normal float32 amax; of e5m2 15 and 57344.
 
     For zero and subnormals it comes out below every E8M0 exponent; for Inf and NaN it means nothing.
     """
-    exponent = (amax_bits >> 23) - 127 - 8
-    return exponent + ((amax_bits & 0x7FFFFF) > _MANTISSA_OF_448) if ceil else exponent
+    exponent = (amax_bits >> 23) - 127 - fp8.exponent
+    return exponent + ((amax_bits & 0x7FFFFF) > _MANTISSA_OF_LARGEST) if ceil else exponent
 
 
-def _cast(x: NDArray[np.float32], exponent: NDArray[np.int32], poisoned: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The e4m3 bytes of x * 2^-exponent, saturating, to nearest even; NaN where poisoned. One exponent per block."""
+def _cast(
+    x: NDArray[np.float32], exponent: NDArray[np.int32], poisoned: NDArray[np.bool_], fp8: _Fp8
+) -> NDArray[np.uint8]:
+    """The fp8 bytes of x * 2^-exponent, saturating, to nearest even; NaN where poisoned. One exponent per block."""
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = np.ldexp(x.astype(np.float64), -exponent[..., None])
-        data = np.clip(scaled, -_E4M3_MAX, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
-    return np.where(poisoned[..., None], np.uint8(_E4M3_NAN), data.view(np.uint8))
+        data = np.clip(scaled, -fp8.largest, fp8.largest).astype(fp8.dtype)
+    return np.where(poisoned[..., None], np.uint8(_FP8_NAN), data.view(np.uint8))
 
 
 def _operand_groups(offs: ArrayLike, data: Array) -> list[TokenGroup]:

@@ -215,7 +215,7 @@ def test_unused_keys_are_named(caplog: pytest.LogCaptureFixture) -> None:
         ),
         (Model, FqnToConfig({"position": FP8}), None, r"^position has shape \(1, 5, 32\); its last two"),
         (Odd, FP8, None, r"^w has shape \(1, 5, 32\); its last two"),
-        (Model, None, None, r"^config is None; give a GroupedMMConfig, an FqnToConfig or one of bf16, "),
+        (Model, None, None, r"^config is None; give a GroupedMMConfig, a LinearConfig, an FqnToConfig or one of b"),
         (Model, "fp9", None, r"^recipe='fp9' is not known; use one of bf16, "),
     ],
 )

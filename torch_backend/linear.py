@@ -1,0 +1,149 @@
+"""Linears in low precision: the function, and the wrapper that makes a weight's products run so."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmoe.config import LINEAR_RECIPES, LinearConfig
+from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.torch_backend.linear_ops import scheme, unseen_linear
+from xmoe.torch_backend.ops import unseen
+from xmoe.torch_backend.tensor import _autocast
+from xmoe.torch_backend.weight_cache import cached
+from xmoe.torch_backend.wrapper import WrappedWeight, unwrap
+
+_linear_op = torch.ops.xmoe.linear.default
+
+
+def scaled_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, config: LinearConfig | StrEnum | str = "rowwise"
+) -> Tensor:
+    """``torch.nn.functional.linear``, and its gradients, in the precision of `config`.
+
+    Args:
+        input: bf16, fp16 or fp32 [..., K]. fp16 is computed in fp32.
+        weight: bf16, fp16 or fp32 [N, K].
+        bias: [N], added in its own precision.
+        config: a config, or a recipe (enum member or name).
+
+    Returns:
+        [..., N] in the dtype of the input.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; K or N not a multiple of 16, unless the config pads; a
+            config that is none of linears, or that the device cannot run under its kernel preference.
+    """
+    if not isinstance(config, LinearConfig):
+        if not isinstance(config, str):
+            known = ", ".join(LINEAR_RECIPES)
+            raise ValueError(f"config={config!r} is not a config; give a LinearConfig or one of {known}")
+        config = LinearConfig.from_recipe(config)
+    return linear_by_key(input, weight, bias, config.to_key())
+
+
+def linear_by_key(input: Tensor, weight: Tensor, bias: Tensor | None, config_key: str) -> Tensor:
+    """`scaled_linear` with the config as its key, the form that the op carries."""
+    dtype, N = input.dtype, weight.shape[0]
+    if torch.float16 in (dtype, weight.dtype):  # exact in float32, which the kernels read
+        input, weight = (x.float() if x.dtype == torch.float16 else x for x in (input, weight))
+    if ";pad_inner_dim=true" in config_key:
+        input, weight = _padded(input, weight)
+    rows = input if input.ndim == 2 else input.reshape(-1, input.shape[-1])
+    out = _product(rows, weight, config_key)
+    if out.shape[1] != N:
+        out = out[:, :N]
+    if input.ndim != 2:
+        out = out.reshape(*input.shape[:-1], N)
+    out = out if out.dtype == dtype else out.to(dtype)
+    return out if bias is None else out + bias
+
+
+def _product(rows: Tensor, weight: Tensor, config_key: str) -> Tensor:
+    prepared = cached(lambda: scheme(config_key).prepare(rows, weight), (config_key, rows.dtype), weight) or ()
+    if unseen(rows, weight):
+        return unseen_linear(rows, weight, config_key, *prepared)
+    return _linear_op(rows, weight, config_key, *prepared)
+
+
+def _padded(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with zeros up to multiples of 16; as they are where they fit. (F.pad cannot be traced with a wrapper.)"""
+    N, K = weight.shape
+    n, k = -N % FEATURE_MULTIPLE, -K % FEATURE_MULTIPLE
+    if k:
+        input = torch.constant_pad_nd(input, (0, k))
+    return input, torch.constant_pad_nd(weight, (0, k, 0, n)) if n or k else weight
+
+
+class ScaledLinearTensor(WrappedWeight):
+    """The weight [N, K] of an ``nn.Linear`` whose GEMMs run in the precision of a config: those of
+
+    - ``torch.nn.functional.linear(x, w, bias)``;
+    - ``torch.mm``, ``torch.addmm``, ``torch.matmul`` and ``@`` with w or its transpose on either side.
+
+    A bias is added in its own precision. The output has the dtype that the operation on a plain weight would give,
+    autocast included. See `WrappedWeight` for everything else.
+    """
+
+    ndims = 2
+    kind = "a linear's weight"
+    config_type = LinearConfig
+
+
+def _linear(
+    cls: type[ScaledLinearTensor], func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Any:
+    if not isinstance(weight, ScaledLinearTensor) or weight.ndim != 2:
+        return NotImplemented
+    key = type(weight).config_key
+    input, weight, bias = _autocast(input, weight, bias)
+    if not torch.compiler.is_compiling():  # what the op saves for the backward is plain
+        input, weight = unwrap(input), unwrap(weight)
+    return linear_by_key(input, weight, bias, key)
+
+
+def _matmul(cls: type[ScaledLinearTensor], func: Callable[..., Any], input: Tensor, other: Tensor) -> Any:
+    """``mm``, ``matmul`` and ``@``, with the weight on either side."""
+    if isinstance(other, ScaledLinearTensor):
+        if other.ndim != 2 or input.ndim < 1 or isinstance(input, ScaledLinearTensor):
+            return NotImplemented
+        return _linear(cls, func, input, other.mT.as_subclass(type(other)))
+    if input.ndim != 2 or other.ndim != 2:
+        return NotImplemented
+    out = _linear(cls, func, other.mT, input)
+    return out if out is NotImplemented else out.mT
+
+
+def _addmm(
+    cls: type[ScaledLinearTensor],
+    func: Callable[..., Any],
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Any:
+    product = _matmul(cls, func, mat1, mat2)
+    if product is NotImplemented or isinstance(input, ScaledLinearTensor):
+        return NotImplemented
+    product = product if alpha == 1 else product * alpha
+    if beta == 0:  # in which case NaN in input is ignored, too
+        return product.expand(torch.broadcast_shapes(product.shape, input.shape))
+    bias = input.to(product.dtype)
+    return product + (bias if beta == 1 else bias * beta)
+
+
+ScaledLinearTensor.handlers = {
+    torch.nn.functional.linear: _linear,
+    **dict.fromkeys(
+        (
+            *(torch.mm, torch.matmul, torch.linalg.matmul),
+            *(Tensor.mm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__),
+        ),
+        _matmul,
+    ),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+}
