@@ -11,6 +11,7 @@ from xmoe.torch_backend.grouped_mm import (
     to_mxfp8_then_scaled_grouped_mm,
 )
 from xmoe.torch_backend.linear import ScaledLinearTensor, scaled_linear
+from xmoe.torch_backend.linear_filter import filter_fqns
 from xmoe.torch_backend.moe import MoE
 from xmoe.torch_backend.parameters import unquantize_
 from xmoe.torch_backend.quantize import quantize_
@@ -27,6 +28,7 @@ __all__ = [
     "auto_filter",
     "cache_weights",
     "combine",
+    "filter_fqns",
     "generate_jagged_offs",
     "permute_tokens",
     "quantize_",

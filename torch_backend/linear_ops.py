@@ -50,9 +50,7 @@ def check_linear(
             raise ValueError(f"{name} is {dtype}; cast it to torch.bfloat16 or torch.float32")
     (N, K), given = weight_shape, x_shape[-1]
     if given != K:
-        raise ValueError(
-            f"input has {given} columns and weight {tuple(weight_shape)} has in_features={K}; give [..., {K}]"
-        )
+        raise ValueError(f"input has {given} columns and weight has in_features={K}, shape {tuple(weight_shape)}")
     for name, size in (("in_features", K), ("out_features", N)):
         if problem := misfit(name, size):
             raise ValueError(f"{problem}, or use pad_inner_dim=True")
@@ -234,8 +232,10 @@ class _Tensorwise:
                 b, b_scale = prepared or _columns(weight, found.maxima, emulated)
                 dx = tensorwise.scaled_mm(d, d_scale, b, b_scale, x_dtype, fast=self.fast[1], emulated=emulated)
             if columns:
-                args = d_columns, d_scale, *found.saved, weight.dtype
-                dw = tensorwise.scaled_mm(*args, fast=self.fast[2], emulated=emulated)
+                a, a_scale = found.saved
+                dw = tensorwise.scaled_mm(
+                    d_columns, d_scale, a, a_scale, weight.dtype, fast=self.fast[2], emulated=emulated
+                )
         if need_dw and not columns:
             args = _as_group(weight), one_group(dOut), self.hp_key, x_dtype, False, True
             dw = ops.backward(dOut, found.saved, *args)[1][0].mT
@@ -303,7 +303,8 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, config_key: str, prepared: Prepared, prepared_dgrad: Prepared
     ) -> Tensor:
-        found = scheme(config_key).forward(x, weight, *ctx.needs_input_grad[:2], prepared)
+        need_dx, need_dw, *_ = ctx.needs_input_grad
+        found = scheme(config_key).forward(x, weight, need_dx, need_dw, prepared)
         ctx.set_materialize_grads(False)
         ctx.config_key, ctx.x_dtype = config_key, x.dtype
         # Not saved tensors, whose number must not depend on a cache. The weight is one, and autograd checks that
@@ -314,14 +315,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dOut,), needs = gradients, ctx.needs_input_grad[:2]
-        if dOut is None or not any(needs):
+        (dOut,), (need_dx, need_dw, *_) = gradients, ctx.needs_input_grad
+        if dOut is None or not (need_dx or need_dw):
             return (None,) * 5
         weight, *saved = ctx.saved_tensors
         found = Forward(dOut, tuple(saved), ctx.maxima)
         backward = scheme(ctx.config_key).backward
         dx, dw = differentiable_once(
-            "xmoe::linear", lambda: backward(dOut, weight, found, ctx.x_dtype, *needs, ctx.prepared)
+            "xmoe::linear", lambda: backward(dOut, weight, found, ctx.x_dtype, need_dx, need_dw, ctx.prepared)
         )
         return dx, dw, None, None, None
 

@@ -219,7 +219,7 @@ def _misfit(weight: _Weight, config: GemmConfig) -> str:
     if isinstance(config, LinearConfig):
         sizes = () if config.pad_inner_dim else zip(("out_features", "in_features"), shape, strict=True)
         problems = [problem for size in sizes if (problem := misfit(*size))]
-        return f"{name} has {'; '.join(problems)}, or use pad_inner_dim=True" if problems else ""
+        return f"{name}: {', and '.join(problems)}, or use pad_inner_dim=True" if problems else ""
     if not any(size % FEATURE_MULTIPLE for size in shape[1:]):
         return ""
     return f"{name} has shape {shape}; its last two dimensions must be multiples of {FEATURE_MULTIPLE}"

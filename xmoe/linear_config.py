@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from xmoe.gemm_config import Accumulation, GemmConfig, KernelPreference, ScaleCalculationMode, member, register
-from xmoe.grouped_config import FP8GroupedMMConfig, GroupedMMConfig, MXFP8GroupedMMConfig
+from xmoe.grouped_config import FP8GroupedMMConfig, Granularity, GroupedMMConfig, MXFP8GroupedMMConfig
 from xmoe.operands import MX_BLOCK
 
 
@@ -138,17 +138,17 @@ class Float8LinearConfig(LinearConfig):
         return {"granularity": granularity, "wgrad_with_hp": granularity != recipe}
 
     def grouped(self, gemm: Gemm) -> GroupedMMConfig | None:
-        hp = self.wgrad_with_hp
-        granularity: Any = self.granularity
-        if self.granularity is LinearGranularity.TENSORWISE:
-            if gemm is not Gemm.GRAD_WEIGHT or not hp:
+        granularity = self.granularity
+        if granularity is LinearGranularity.TENSORWISE:
+            if gemm is not Gemm.GRAD_WEIGHT or not self.wgrad_with_hp:
                 return None
             granularity = LinearGranularity.ROWWISE  # of no consequence to a GEMM in bf16
-        accumulation = getattr(self, f"accumulation_{gemm}")
-        preference = self.kernel_preference
         return FP8GroupedMMConfig(
-            kernel_preference=preference, wgrad_with_hp=hp, accumulation=accumulation, granularity=str(granularity)
-        )  # type: ignore[arg-type]
+            kernel_preference=self.kernel_preference,
+            wgrad_with_hp=self.wgrad_with_hp,
+            accumulation=getattr(self, f"accumulation_{gemm}"),
+            granularity=Granularity(str(granularity)),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
