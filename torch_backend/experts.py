@@ -39,6 +39,7 @@ from xmoe.torch_backend.ops import (
     direct,
     fake_implementation,
     pack,
+    refuse_transforms,
     unseen,
 )
 from xmoe.torch_backend.weight_cache import cached
@@ -100,6 +101,8 @@ def swiglu_experts_by_key(
     op = torch.ops.xmoe.swiglu_experts_forward.default
     if unseen(*(tensor for tensor in (x, w1, w2, w3, offs, order) if tensor is not None)):
         op = swiglu_experts_with_autograd
+    else:
+        refuse_transforms(x, w1, w2, w3)
     return op(x, w1, w2, w3, offs, config_key, save, order, *prepared)[0]
 
 

@@ -56,6 +56,7 @@ def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> 
     prepared = cached(lambda: prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
     if ops.unseen(A, B_t, offs):
         return ops.unseen_grouped_mm(A, B_t, offs, config_key, save_tokens, *prepared)
+    ops.refuse_transforms(A, B_t)
     return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
 
 

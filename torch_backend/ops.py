@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
+from torch.autograd import forward_ad
 
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
 from xmoe.kernels import pipeline
@@ -79,12 +80,28 @@ def unseen(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     for x in tensors:  # noqa: SIM110 (a generator takes longer)
         if type(x) not in _PLAIN or x.is_meta:
             return False
     return True
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raises NotImplementedError where a transform of ``torch.func``, or forward-mode differentiation, has one of the
+    `tensors` of a call that is not `unseen`. (The dispatcher would run vmap in a loop, and lose tangents.)"""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if tangent or is_functorch_wrapped_tensor(x):
+            raise NotImplementedError(
+                "low-precision GEMMs support neither the transforms of torch.func (vmap, grad, vjp, jvp, ...) nor "
+                "forward-mode differentiation; use backward() or torch.autograd.grad, with a batch in place of vmap, or "
+                "xmoe.torch_backend.unquantize_(model)"
+            )
 
 
 def direct(op: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xmoe.config import config_from_key
-from xmoe.torch_backend.wrapper import WrappedWeight, unwrap
+from xmoe.torch_backend.wrapper import WrappedWeight
 
 
 def convert(module: nn.Module, name: str, cls: type[WrappedWeight]) -> None:
@@ -68,7 +67,9 @@ class ConvertedParameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         cls = self.classes.get(name)
-        if cls is not None and type(value) is not cls:
+        if cls is not None and carried(value) is not cls:
+            if torch.compiler.is_dynamo_compiling():
+                return value.as_subclass(cls)  # of torch.export(strict=True), which takes parameters for plain tensors
             wrap_(value, cls, name)
         return value
 
@@ -81,29 +82,49 @@ def _rebuild(parameters: dict[str, Any], classes: dict[str, tuple[type[WrappedWe
 
 
 def wrap_(x: Tensor | None, cls: type[WrappedWeight], name: str = "data") -> bool:
-    """Makes `x`, or the local tensor of a DTensor, a `cls`, in place; whether it was none.
+    """Makes `x` a `cls`, in place, or a DTensor a `WrappedDTensor` of it; whether it was none.
 
-    Raises ValueError for another tensor subclass.
+    Raises ValueError for another tensor subclass, and for a DTensor of partial sums.
     """
-    if is_dtensor(x):
-        return wrap_(x._local_tensor, cls, name)  # type: ignore[union-attr]
-    if x is None or type(x) is cls:
+    if x is None or carried(x) is cls:
         return False
     if type(x) is nn.Parameter:
         x._is_param = True  # by which torch knows those of a subclass
     elif type(x) is not Tensor and not isinstance(x, WrappedWeight):
-        raise ValueError(f"{name} is a {type(x).__name__}; give an nn.Parameter, or one that holds a DTensor")
+        cls = _class_beside(x, cls, name)
     x.__class__ = cls
     return True
 
 
+def carried(x: Any) -> type:
+    """The class of wrapped weights that `x` is one of, or its local part, if it is one at all."""
+    return getattr(type(x), "weight", type(x))
+
+
+def _class_beside(x: Any, cls: type[WrappedWeight], name: str) -> Any:
+    """What makes a `cls` of a tensor of another subclass."""
+    from xmoe.torch_backend.traced import TRACERS, traced_class
+
+    if isinstance(x, TRACERS):
+        return traced_class(cls, type(x))
+    if not is_dtensor(x):
+        raise ValueError(f"{name} is a {type(x).__name__}; give an nn.Parameter, or one that is a DTensor")
+    from xmoe.torch_backend.dtensor import dtensor_class
+
+    if any(placement.is_partial() for placement in x.placements):
+        raise ValueError(f"{name} has placements {x.placements}; redistribute it: partial sums are no weights")
+    return dtensor_class(cls)
+
+
 def unwrap_(x: Tensor | None) -> None:
     """The inverse of `wrap_`."""
-    if is_dtensor(x):
-        x = x._local_tensor  # type: ignore[union-attr]
     if isinstance(x, WrappedWeight):
         is_parameter = x.__dict__.pop("_is_param", False)
-        x.__class__ = nn.Parameter if is_parameter else Tensor
+        x.__class__ = getattr(type(x), "tracer", nn.Parameter if is_parameter else Tensor)
+    elif is_dtensor(x):
+        from xmoe.torch_backend.dtensor import plain_dtensor
+
+        plain_dtensor(x)  # type: ignore[arg-type]
 
 
 def is_dtensor(x: Any) -> bool:
@@ -116,5 +137,5 @@ def _plain_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, loc
     """A ``state_dict`` holds plain values (unless ``keep_vars``), which convert no model that they are assigned to."""
     for name in module._parameters.classes:  # type: ignore[union-attr]
         value = state_dict.get(prefix + name)
-        if isinstance(value, WrappedWeight) and not isinstance(value, nn.Parameter):
-            state_dict[prefix + name] = unwrap(value)
+        if not isinstance(value, nn.Parameter):
+            unwrap_(value)

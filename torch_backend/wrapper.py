@@ -19,7 +19,7 @@ _COPIES = (
     *("bfloat16", "clone", "cpu", "cuda", "double", "float", "half", "index_select", "pin_memory", "to", "type"),
     *("type_as", "empty_like"),  # the last is what Module.to_empty calls
 )
-_WRAPPED: frozenset[Callable[..., Any]] = frozenset(
+WRAPPED: frozenset[Callable[..., Any]] = frozenset(
     [
         *(getattr(torch.Tensor, name) for name in _VIEWS + _COPIES if hasattr(torch.Tensor, name)),
         *(getattr(torch, name) for name in _VIEWS if hasattr(torch, name)),
@@ -101,7 +101,7 @@ class WrappedWeight(torch.Tensor):
             if func in _JOINS:
                 joined = args[0] if args else kwargs["tensors"]
                 return out.as_subclass(cls) if all(isinstance(x, cls) for x in joined) else out
-            if func not in _WRAPPED or not isinstance(args[0], cls):
+            if func not in WRAPPED or not isinstance(args[0], cls):
                 return out
             if isinstance(out, tuple | list):
                 return type(out)([x.as_subclass(cls) for x in out])
