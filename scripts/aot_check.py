@@ -37,6 +37,7 @@ from xmoe.kernels import (
     quantize_both,
     quantize_columns,
     quantize_rows_fp8,
+    quantize_tensor,
     swiglu,
     tiles,
     tuning,
@@ -144,6 +145,23 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
     yield Case("dequantize_straight", quantize_blocks.dequantize_straight,
                {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16", "tiles_ptr": i32, "groups_ptr": i32},
                {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": 2}, sm, 1, divisible=("C",))  # fmt: skip
+
+
+def tensor_cases(sm: int) -> Iterator[Case]:
+    """Casts must be the instruction's, where there is one that rounds once."""
+    for dtype, block in (("bf16", 128), ("fp32", 64)):
+        x, hardware = {"x_ptr": f"*{dtype}", "maxima_ptr": "*fp32"}, 2 if sm != 89 else int(dtype == "bf16")
+        yield Case(f"tensor_maxima[{dtype}]", quantize_tensor.tensor_maxima, x,
+                   {"PART": quantize_tensor.PART, "HARDWARE": hardware}, sm, 8)  # fmt: skip
+        for e5m2 in (False, True):
+            casts = (rf"cvt\.rn\.satfinite\.{'e5m2' if e5m2 else 'e4m3'}x2\.f(16x2|32)",) if hardware else ()
+            for absent in ((), ("rows_ptr",), ("columns_ptr",)):
+                yield Case(f"cast_tensor[{dtype},e5m2={e5m2},without={absent}]", quantize_tensor.cast_tensor,
+                           x | {"rows_ptr": "*i8", "columns_ptr": "*i32", "scale_ptr": "*fp32"},
+                           dict.fromkeys(absent) | {"E5M2": e5m2, "LANES": quantize_tensor.LANES,
+                                                    "BLOCK_R": quantize_tensor.ROWS, "BLOCK_C": block,
+                                                    "HARDWARE": hardware},
+                           sm, instructions=casts, divisible=("C",))  # fmt: skip
 
 
 def swiglu_cases(sm: int) -> Iterator[Case]:
@@ -424,7 +442,7 @@ def main() -> int:
     start = time.perf_counter()
     for sm in [args.sm] if args.sm else SHARED_MEMORY:
         quantizers = (with_cast(variant) for case in quantizer_cases(sm) for variant in sources(case))
-        cases = (*quantizers, *swiglu_cases(sm), *permute_cases(sm), *gemm_cases(sm))
+        cases = (*quantizers, *tensor_cases(sm), *swiglu_cases(sm), *permute_cases(sm), *gemm_cases(sm))
         _cases.extend(case for case in cases if args.only in case.name)
     failed = 0
     with multiprocessing.get_context("fork").Pool() as pool:  # forked: kernels cannot be sent
