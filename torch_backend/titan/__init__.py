@@ -12,10 +12,10 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError('torchtitan is not installed; pip install "xmoe[titan]"', name="torchtitan") from error
 
 if HAS_CONVERTERS:
-    from xmoe.torch_backend.titan.converters import GroupedMMConverter, JobConfig
+    from xmoe.torch_backend.titan.converters import GroupedMMConverter, JobConfig, LinearConverter
 
-    __all__ = ["GroupedMMConverter", "JobConfig"]
+    __all__ = ["GroupedMMConverter", "JobConfig", "LinearConverter"]
 else:
-    from xmoe.torch_backend.titan.overrides import grouped_experts
+    from xmoe.torch_backend.titan.overrides import grouped_experts, linears
 
-    __all__ = ["grouped_experts"]
+    __all__ = ["grouped_experts", "linears"]

@@ -11,10 +11,13 @@ from torch import nn
 from torchtitan.config import JobConfig as TitanJobConfig
 from torchtitan.distributed import ParallelDims
 
-from xmoe.config import config_from_recipe
+from xmoe.config import LinearConfig, config_from_recipe
+from xmoe.torch_backend.linear_filter import filter_fqns
 from xmoe.torch_backend.quantize import quantize_
+from xmoe.torch_backend.titan.tensor_parallel import run_local
 
 GROUPED_MM = "quantize.grouped_mm.xmoe"
+LINEAR = "quantize.linear.xmoe"
 
 
 @dataclass
@@ -36,10 +39,30 @@ class GroupedMM:
 
 
 @dataclass
+class LinearOptions:
+    """``[quantize.linear.xmoe]``"""
+
+    recipe: str = "rowwise"
+    """The recipe of the linears' GEMMs, one of ``xmoe.config.LINEAR_RECIPES``."""
+
+    filter_fqns: list[str] = field(default_factory=lambda: ["output", "router.gate"])
+    """Parts of names, comma-separated: linears whose name contains one stay as they are, and so do those with a size
+    that is not a multiple of 16. "auto_filter_small_kn" leaves out those that are too small to gain speed."""
+
+
+@dataclass
+class Linear:
+    """``[quantize.linear]``"""
+
+    xmoe: LinearOptions = field(default_factory=LinearOptions)
+
+
+@dataclass
 class Quantize:
     """``[quantize]``"""
 
     grouped_mm: GroupedMM = field(default_factory=GroupedMM)
+    linear: Linear = field(default_factory=Linear)
 
 
 @dataclass
@@ -75,4 +98,26 @@ class GroupedMMConverter:
         """Nothing: scales are computed in each forward and backward."""
 
 
+class LinearConverter:
+    """``quantize.linear.xmoe``: `quantize_` on all linears but those that ``filter_fqns`` names.
+
+    Raises ValueError where ``recipe`` is not known, or no linear is left.
+    """
+
+    def __init__(self, job_config: TitanJobConfig, parallel_dims: ParallelDims) -> None:
+        self.options = getattr(job_config.quantize.linear, "xmoe", LinearOptions())
+        self.config = LinearConfig.from_recipe(self.options.recipe)
+        self.tensor_parallel = parallel_dims.tp_enabled
+
+    def convert(self, model: nn.Module) -> None:
+        """Converts `model` in place."""
+        quantize_(model, self.config, filter_fn=filter_fqns(self.options.filter_fqns, recipe=self.config))
+        if self.tensor_parallel:
+            run_local(model)
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing: scales are computed in each forward and backward."""
+
+
 model_converter.register_model_converter(GroupedMMConverter, GROUPED_MM)
+model_converter.register_model_converter(LinearConverter, LINEAR)
