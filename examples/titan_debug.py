@@ -11,26 +11,22 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 LINE = re.compile(r"step: *(\d+) .*?loss: *([\d.]+)")
 OVERRIDE = "xmoe.torch_backend.titan.overrides.grouped_experts"
 CONVERTER = "quantize.grouped_mm.xmoe"
 IMPORTS = ("job.custom_config_module", "experimental.custom_import")
+ONE = "--one"
+"""What this script calls itself with, to run torchtitan once."""
 MOE = {"qwen3": ("debugmodel_moe", "qwen3_moe_debug")}
-RUN = """
-import runpy
-
-import torch.distributed
-
-if not hasattr(torch.distributed, "set_timeout"):  # torchtitan 0.3 on a PyTorch that is older than it
-    torch.distributed.set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
-runpy.run_module("torchtitan.train", run_name="__main__", alter_sys=True)
-"""
 
 
 def write_assets(folder: Path, text: str) -> None:
@@ -73,12 +69,44 @@ def arguments(model: str, recipe: str, assets: Path, steps: int, seq_len: int, b
     ]
 
 
+def stand_in() -> dict[str, Any]:
+    """The little of Hugging Face's ``datasets`` that torchtitan needs for local text, where that is not installed: it
+    brings pyarrow and pandas, 70 MB."""
+
+    class Dataset(list):
+        def skip(self, n: int) -> "Dataset":
+            return Dataset(self[n:])
+
+    def load_dataset(path: str, split: str = "train") -> Dataset:
+        return Dataset(json.loads(line) for file in Path(path).glob("*.jsonl") for line in file.read_text().split("\n"))
+
+    def split_dataset_by_node(dataset: Dataset, rank: int, world_size: int) -> Dataset:
+        return Dataset(dataset[rank::world_size])
+
+    module, distributed = ModuleType("datasets"), ModuleType("datasets.distributed")
+    vars(module).update(Dataset=Dataset, load_dataset=load_dataset, distributed=distributed)
+    vars(distributed).update(split_dataset_by_node=split_dataset_by_node)
+    return {"datasets": module, "datasets.distributed": distributed}
+
+
+def train(command: list[str]) -> None:
+    """torchtitan's trainer in this process."""
+    import torch.distributed
+
+    if not hasattr(torch.distributed, "set_timeout"):  # torchtitan 0.3 on a PyTorch that is older than it
+        torch.distributed.set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
+    if importlib.util.find_spec("datasets") is None:
+        sys.modules.update(stand_in())
+    sys.argv[1:] = command
+    runpy.run_module("torchtitan.train", run_name="__main__", alter_sys=True)
+
+
 def losses(command: list[str], cwd: Path) -> dict[int, float]:
     """The loss of every step of a torchtitan run. Raises RuntimeError with the end of its log where it fails."""
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     environment = {**os.environ, **single, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", RUN, *command], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, __file__, ONE, *command], cwd=cwd, env=environment, capture_output=True, text=True
     )
     log = run.stdout + run.stderr
     if run.returncode:
@@ -88,6 +116,8 @@ def losses(command: list[str], cwd: Path) -> dict[int, float]:
 
 def main() -> None:
     """Trains and prints."""
+    if sys.argv[1:2] == [ONE]:
+        return train(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek_v3", help="llama4 (0.2 only), deepseek_v3, qwen3")
     parser.add_argument("--recipes", default="bf16,fp8_rowwise", help="comma-separated; the first is the baseline")

@@ -36,6 +36,7 @@ THIRD_PARTY = {
     "xmoe.kernels": TORCH,
     "xmoe.torch_backend": {"torch", "numpy"},
     "torch_backend/bench": {"torch", "torchao"},
+    "torch_backend/titan": {"torch", "torchtitan"},
     "xmoe.jax_frontend": {"jax", "flax", "optax", "numpy", *TORCH},
     "jax_frontend/bench.py": {"jax", "tokamax", "absl"},
 }

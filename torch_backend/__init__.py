@@ -19,6 +19,9 @@ from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
 from xmoe.torch_backend.utils import generate_jagged_offs
 from xmoe.torch_backend.weight_cache import cache_weights
 
+grouped_mm = scaled_grouped_mm
+"""The name by which training stacks call their grouped GEMM. (The module of that name is imported by its full path.)"""
+
 __all__ = [
     "MoE",
     "ScaledGroupedMMTensor",
@@ -30,6 +33,7 @@ __all__ = [
     "combine",
     "filter_fqns",
     "generate_jagged_offs",
+    "grouped_mm",
     "permute_tokens",
     "quantize_",
     "scaled_grouped_mm",
