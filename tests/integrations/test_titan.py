@@ -67,12 +67,10 @@ def free_port() -> int:
 def train(assets: Path, *arguments: str, steps: int = 2, ranks: int = 1, fails: bool = False) -> Steps | str:
     """The steps of a run; what it printed, if it is to fail."""
     given = (*ARGUMENTS, *(a.format(assets) for a in ASSETS), *TRAINING, f"--training.steps={steps}", *arguments)
-    environment = {
-        **os.environ,
-        **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
-        **{"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},  # torchtitan 0.2 pads tokens with a kernel of Triton
-        **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)},
-    }
+    here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    on_cpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # torchtitan 0.2 pads tokens with a Triton kernel
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    environment = {**os.environ, **here, **on_cpu, **group}
     processes = []
     for rank in range(ranks):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -1,7 +1,7 @@
 """Linears under tensor parallelism: the product of DTensors, each device's share of it in low precision.
 
-DTensor takes an operation apart before its local tensors see any of it, so a wrapped weight inside a DTensor is plain to
-``torch.nn.functional.linear``. Here the local product is a whole linear, with low-precision GEMMs in the backward too.
+DTensor takes an operation apart before its local tensors see any of it, so a wrapped weight inside a DTensor would be
+multiplied as a plain one. Here the local product is a whole linear, low-precision GEMMs of the backward included.
 """
 
 from collections.abc import Sequence
