@@ -6,10 +6,10 @@ converters see whole parameters, and what they wrap must stay wrapped through DT
 
 from dataclasses import dataclass, field
 
-import torchtitan.protocols.model_converter as model_converter
+import torchtitan.protocols.model_converter as model_converter  # pyright: ignore[reportMissingImports]
 from torch import nn
-from torchtitan.config import JobConfig as TitanJobConfig
-from torchtitan.distributed import ParallelDims
+from torchtitan.config import JobConfig as TitanJobConfig  # pyright: ignore[reportMissingImports]
+from torchtitan.distributed import ParallelDims  # pyright: ignore[reportMissingImports]
 
 from xmoe.config import LinearConfig, config_from_recipe
 from xmoe.torch_backend.linear_filter import filter_fqns

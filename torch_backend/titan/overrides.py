@@ -9,9 +9,9 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
-from torchtitan.config import derive, override
-from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.moe import GroupedExperts
+from torchtitan.config import derive, override  # pyright: ignore[reportMissingImports]
+from torchtitan.models.common.linear import Linear  # pyright: ignore[reportMissingImports]
+from torchtitan.models.common.moe import GroupedExperts  # pyright: ignore[reportMissingImports]
 
 from xmoe.config import GroupedMMConfig, LinearConfig
 from xmoe.operands import FEATURE_MULTIPLE

@@ -7,6 +7,7 @@ multiplied as a plain one. Here the local product is a whole linear, low-precisi
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -28,7 +29,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, config_key: str) 
     x_placements, out_placements, x_grad, weight_grad = map(list, zip(*layouts, strict=True))
     x = input.redistribute(placements=x_placements).to_local(grad_placements=x_grad)
     local = linear_by_key(x, weight.to_local(grad_placements=weight_grad), None, config_key)
-    shape = (*input.shape[:-1], weight.shape[0])
+    shape = torch.Size((*input.shape[:-1], weight.shape[0]))
     out = DTensor.from_local(local, input.device_mesh, out_placements, shape=shape, stride=_strides(shape))
     return out if bias is None else out + bias
 
