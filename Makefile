@@ -18,7 +18,7 @@ TRAIN_READY = $(VENV)/.ready-train
 DEV_READY = $(VENV)/.ready-dev
 endif
 
-.PHONY: help train test test-gpu sanitize lint format types aot wheel-smoke clean
+.PHONY: help train test test-gpu test-titan sanitize lint format types aot wheel-smoke clean
 .DEFAULT_GOAL = help
 
 help: ## this list
@@ -34,6 +34,19 @@ test: $(DEV_READY) ## the tests, on the CPU
 
 test-gpu: $(DEV_READY) ## the tests that need a GPU
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu $(ARGS)
+
+# Not in .ci/run: torchtitan brings datasets, pyarrow and wandb, its two lines exclude each other, and each is written for
+# a PyTorch nightly. One environment for each, with the PyTorch of constraints-cpu.txt.
+TITANS = 0.2.2 0.3.0
+test-titan: ## torchtitan's trainer with xmoe, on the CPU, in an environment for each version of it
+	set -e; for version in $(TITANS); do \
+		venv=.venv-titan-$$version; \
+		test -e $$venv/.ready || { $(PYTHON) -m venv $$venv; \
+			$$venv/bin/pip install -c constraints-cpu.txt $(TITAN_INDEX) torchtitan==$$version torch triton .[test]; \
+			touch $$venv/.ready; }; \
+		PYTHONPATH=$(CURDIR) $$venv/bin/python -m pytest tests/integrations/test_titan.py $(ARGS); \
+	done
+TITAN_INDEX = --extra-index-url https://download.pytorch.org/whl/cpu
 
 # Every access is checked, which is slow, so it gets few tests: all recipes on uneven groups, bad offsets, no tokens.
 sanitize: $(DEV_READY) ## compute-sanitizer (CUDA toolkit) looks for bad memory accesses of the kernels, on a GPU

@@ -37,6 +37,7 @@ THIRD_PARTY = {
     "xmoe.torch_backend": {"torch", "numpy"},
     "torch_backend/bench": {"torch", "torchao", "transformers"},
     "torch_backend/torchao.py": {"torch", "torchao"},
+    "torch_backend/titan": {"torch", "torchtitan"},
     "xmoe.jax_frontend": {"jax", "flax", "optax", "numpy", *TORCH},
     "jax_frontend/bench.py": {"jax", "tokamax", "absl"},
 }

@@ -21,6 +21,9 @@ from xmoe.torch_backend.tensor import ScaledGroupedMMTensor
 from xmoe.torch_backend.utils import generate_jagged_offs
 from xmoe.torch_backend.weight_cache import cache_weights
 
+grouped_mm = scaled_grouped_mm
+"""The name by which training stacks call their grouped GEMM. (The module of that name is imported by its full path.)"""
+
 __all__ = [
     "MoE",
     "Monitor",
@@ -33,6 +36,7 @@ __all__ = [
     "combine",
     "filter_fqns",
     "generate_jagged_offs",
+    "grouped_mm",
     "monitor",
     "permute_tokens",
     "quantize_",
