@@ -3,7 +3,7 @@
 from xmoe.torch_backend.auto_filter import auto_filter
 from xmoe.torch_backend.combine import combine, permute_tokens
 from xmoe.torch_backend.experts import swiglu_experts
-from xmoe.torch_backend.grouped_mm import (
+from xmoe.torch_backend.grouped_gemm import (
     _to_fp8_rowwise_then_scaled_grouped_mm,
     _to_mxfp8_then_scaled_grouped_mm,
     scaled_grouped_mm,
@@ -22,7 +22,7 @@ from xmoe.torch_backend.utils import generate_jagged_offs
 from xmoe.torch_backend.weight_cache import cache_weights
 
 grouped_mm = scaled_grouped_mm
-"""The name by which training stacks call their grouped GEMM. (The module of that name is imported by its full path.)"""
+"""The name by which training stacks call their grouped GEMM."""
 
 __all__ = [
     "MoE",

@@ -31,7 +31,7 @@ from xmoe.torch_backend.experts_ops import (
     swiglu_experts_gradient,
     swiglu_experts_wgrad,
 )
-from xmoe.torch_backend.grouped_mm import grouped_mm_by_key
+from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key
 from xmoe.torch_backend.ops import (
     DTYPES,
     LIBRARY,

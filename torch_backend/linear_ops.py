@@ -19,7 +19,7 @@ from xmoe.kernels import tensorwise
 from xmoe.operands import FEATURE_MULTIPLE
 from xmoe.torch_backend import ops
 from xmoe.torch_backend.checks import DTYPES
-from xmoe.torch_backend.grouped_mm import prepare
+from xmoe.torch_backend.grouped_gemm import prepare
 from xmoe.torch_backend.ops import LIBRARY, differentiable_once, direct, unseen
 
 LIBRARY.define(

@@ -20,7 +20,7 @@ from xmoe.kernels import emulation
 from xmoe.operands import whole_blocks
 from xmoe.torch_backend.combine import permute_tokens
 from xmoe.torch_backend.experts import swiglu_experts_by_key
-from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
+from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key, key_with_out_dtype
 from xmoe.torch_backend.numerics import Gemm, Results, measure
 from xmoe.torch_backend.weight_cache import paused
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xmoe.torch_backend.experts import swiglu_experts_by_key
-from xmoe.torch_backend.grouped_mm import grouped_mm_by_key, key_with_out_dtype
+from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key, key_with_out_dtype
 from xmoe.torch_backend.observe import observed_grouped_mm, observed_swiglu_experts, observers
 from xmoe.torch_backend.wrapper import WrappedWeight, config_key, follow_autocast, teach_compile, unwrap
 

@@ -21,7 +21,7 @@ from xmoe.kernels import stages
 from xmoe.shapes import Shape
 from xmoe.torch_backend.bench import peers
 from xmoe.torch_backend.bench.exactness import compare
-from xmoe.torch_backend.grouped_mm import scaled_grouped_mm
+from xmoe.torch_backend.grouped_gemm import scaled_grouped_mm
 from xmoe.torch_backend.weight_cache import cache_weights
 
 GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]

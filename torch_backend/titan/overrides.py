@@ -15,7 +15,7 @@ from torchtitan.models.common.moe import GroupedExperts  # pyright: ignore[repor
 
 from xmoe.config import GroupedMMConfig, LinearConfig
 from xmoe.operands import FEATURE_MULTIPLE
-from xmoe.torch_backend.grouped_mm import grouped_mm_by_key
+from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key
 from xmoe.torch_backend.titan.tensor_parallel import linear
 
 
