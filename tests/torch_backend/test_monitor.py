@@ -462,6 +462,7 @@ def test_logger_is_the_modules(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_on_a_gpu(recipe: str) -> None:
     """The same bits; measured steps count what the emulation counts, and the others never wait for the device."""

@@ -74,8 +74,8 @@ def case(
     reference = results(base, base)
 
     def check(run: Callable[[Tensor], Tensor], model: nn.Module, config: LinearConfig | None) -> Exactness:
-        # The bounds of layers: gradients in e5m2 have a bit less.
-        least = least_db("bf16" if config is None else config.format, layer=True)
+        # A layer's bound, less for gradients in e5m2 (one bit less) through the activation: 21.8 dB of K = 28672.
+        least = least_db("bf16") if config is None else least_db(config.format, layer=True) - 2
         return compare(results(run, model), reference, (), least)
 
     systems = []
