@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from examples.titan_debug import write_assets
 if find_spec("torchtitan") is None:
     pytest.skip("torchtitan is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.timeout(900)  # a run starts one interpreter a rank: 10 seconds of a free core each
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("titan_worker.py")
-HAS_CONVERTERS = find_spec("torchtitan.protocols.model_converter") is not None
+HAS_CONVERTERS = version("torchtitan").startswith("0.2.")
 LINE = re.compile(r"step: *(\d+) .*?loss: *([\d.]+) .*?grad_norm: *([\d.]+)")
 
 if HAS_CONVERTERS:
@@ -78,7 +80,7 @@ def train(assets: Path, *arguments: str, steps: int = 2, ranks: int = 1, fails: 
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, cwd=assets, env=own, **pipes))
     try:
-        logs = [process.communicate(timeout=200)[0] for process in processes]
+        logs = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
