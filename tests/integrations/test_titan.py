@@ -43,7 +43,8 @@ else:
     OVERRIDES = "xmoe.torch_backend.titan.overrides"
     EXPERTS = ("--override.imports", f'{OVERRIDES}.grouped_experts={{"recipe": "mxfp8_rceil"}}')
     LINEARS = ("--override.imports", f'{OVERRIDES}.linears={{"recipe": "tensorwise"}}')
-    FULL_AC, DUMP = ("activation_checkpoint:full",), "--dump_folder"
+    # A word straight after --override.imports would be one more of them.
+    FULL_AC, DUMP = ("--debug.seed=0", "activation_checkpoint:full"), "--dump_folder"
 
 TRAINING = ("--training.local_batch_size=2", "--training.seq_len=32", "--metrics.log_freq=1", "--debug.seed=0")
 EP, TP = ("--parallelism.expert_parallel_degree=2",), ("--parallelism.tensor_parallel_degree=2",)
