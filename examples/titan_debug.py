@@ -7,6 +7,7 @@ of every tenth step. Nothing is downloaded: the tokenizer knows bytes, and the t
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -53,7 +54,7 @@ def arguments(model: str, recipe: str, assets: Path, steps: int, seq_len: int, b
         *("--metrics.log_freq=1", "--debug.seed=0", "--lr_scheduler.warmup_steps=10"),
     ]
     flavor, config = MOE.get(model, ("debugmodel", f"{model}_debugmodel"))
-    if importlib.util.find_spec("torchtitan.protocols.model_converter"):  # 0.2
+    if importlib.metadata.version("torchtitan").startswith("0.2."):
         imports = [f"--{option}=xmoe.torch_backend.titan" for option in IMPORTS]
         converter = [*imports, f"--model.converters={CONVERTER}", f"--{CONVERTER}.recipe={recipe}"]
         return [
