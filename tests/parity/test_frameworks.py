@@ -74,16 +74,19 @@ def in_torch(
 def test_op_and_gradients_on_a_cpu(recipe: str, dtype: str) -> None:
     sizes, config = shapes.group_sizes("short", M, G), config_from_recipe(recipe)
     inputs = [jnp.asarray(values("normal", s, i), dtype) for i, s in enumerate([(M, K), (G, N, K), (M, N)])]
-    pure, bridged = (in_jax(*inputs, sizes, config=config, implementation=i) for i in ("jax", "bridge"))
+    bridged = in_jax(*inputs, sizes, config=config, implementation="bridge")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as under the bridge: the split of a GEMM over threads may change the order of its sums
     try:
         want = in_torch(*(torch.from_dlpack(x) for x in inputs), torch.from_numpy(sizes), config)
     finally:
         torch.set_num_threads(threads)
-    for name, x, y, reference in zip(("out", "dA", "dB"), pure, bridged, want, strict=True):
-        np.testing.assert_array_equal(y, reference, err_msg=name)
-        assert oracle.sqnr(reference, x) >= (KERNEL_TIER if dtype == "bfloat16" else 120), name
+    for name, x, reference in zip(("out", "dA", "dB"), bridged, want, strict=True):
+        np.testing.assert_array_equal(x, reference, err_msg=name)
+    if dtype == "float32":  # JAX alone in bfloat16: test_ragged_dot.py, beside the oracle
+        pure = in_jax(*inputs, sizes, config=config, implementation="jax")
+        for name, x, reference in zip(("out", "dA", "dB"), pure, want, strict=True):
+            assert oracle.sqnr(reference, x) >= 120, name
 
 
 @pytest.mark.gpu
