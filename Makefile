@@ -28,9 +28,11 @@ train: $(TRAIN_READY) ## train a small MoE on real text in PyTorch and in Flax, 
 	$(PY) -m xmoe train --framework both --recipe bf16,fp8_rowwise --out runs/demo $(if $(filter --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 # The kernels run in Triton's CPU interpreter and JAX stays on the CPU, also on a machine with a GPU. OpenMP threads that
-# spin while they wait for work would take the cores from XLA's. Two processes: the interpreter uses one core each.
+# spin while they wait for work would take the cores from XLA's. Two processes: the interpreter uses one core each. Each
+# begins with a half of the files in their order, which keeps what a module's tests share in one process, and takes from
+# the other's end when it is done.
 test: $(DEV_READY) ## the tests, on the CPU
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n 2 -m "not gpu" $(ARGS)
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: $(DEV_READY) ## the tests that need a GPU
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu $(ARGS)

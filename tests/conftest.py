@@ -1,5 +1,6 @@
 """What all tests share: a fixed seed, the hypothesis profile, and which machine can run what."""
 
+import importlib.util
 import os
 import random
 import sys
@@ -13,6 +14,11 @@ HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8
 
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton.jit, so before any kernel module is imported
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.interpreter import quicken
+
+    quicken()
 
 hypothesis.settings.register_profile(
     "xmoe", deadline=None, max_examples=25, derandomize="CI" in os.environ, print_blob=True

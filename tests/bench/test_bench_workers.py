@@ -215,17 +215,24 @@ def test_jax_without_a_gpu_is_a_note(events: Events) -> None:
 # ------------------------------------------------------------------------------------------------------ the whole run
 
 
-def recorded(events: Events) -> list[dict[str, Any]]:
-    """A run's events, as they come out of a pipe."""
+@pytest.fixture(scope="module")
+def whole_run() -> Events:
+    """The events of a run."""
+    events = Events()
     measured(Options("grouped-mm", (GEMM,), ("fp8_rowwise",), ("torch",), rounds=2), events)
+    return events
+
+
+def piped(events: Events) -> list[dict[str, Any]]:
+    """As they come out of a pipe."""
     return json.loads(json.dumps(events.all))
 
 
 @pytest.mark.parametrize("screen", [PlainScreen, LiveScreen])
 def test_run_leaves_files(
-    events: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, screen: Any, capsys: pytest.CaptureFixture[str]
+    whole_run: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, screen: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = recorded(events)
+    stream = piped(whole_run)
     monkeypatch.setattr(run, "make_screen", screen)
     monkeypatch.setattr(run, "start_worker", lambda framework, _: stream if framework == "torch" else [])
     options = Options("grouped-mm", (GEMM,), ("fp8_rowwise",), ("torch", "jax"), rounds=2)
@@ -235,7 +242,7 @@ def test_run_leaves_files(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{stem}.json", f"{stem}.md", f"{stem}.png"}
     stored = Results.load(tmp_path / "out" / f"{stem}.json")
     assert stored == results
-    assert {row.key: row for row in stored.rows} == events.rows()
+    assert {row.key: row for row in stored.rows} == whole_run.rows()
     printed = capsys.readouterr()
     assert markdown(results) in printed.out
     assert (tmp_path / "out" / f"{stem}.md").read_text() == markdown(results, f"{stem}.png")
@@ -247,9 +254,9 @@ def test_run_leaves_files(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), WorkerFailed("the process was ended by SIGKILL")])
 def test_an_interrupted_run_keeps_its_rows(
-    events: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+    whole_run: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
 ) -> None:
-    stream = recorded(events)
+    stream = piped(whole_run)
     last = max(i for i, event in enumerate(stream) if event["event"] == "row")
 
     def start_worker(*_: object) -> Any:
@@ -261,7 +268,7 @@ def test_an_interrupted_run_keeps_its_rows(
         run.run(Options("grouped-mm", (GEMM,), ("fp8_rowwise",)), tmp_path)
     (path,) = tmp_path.glob("*.json")
     rounds = {row.key: len(row.rounds_ms) for row in Results.load(path).rows}
-    whole = {key: len(row.rounds_ms) for key, row in events.rows().items()}
+    whole = {key: len(row.rounds_ms) for key, row in whole_run.rows().items()}
     assert rounds.keys() == whole.keys()
     assert sum(rounds.values()) == sum(whole.values()) - 1
     assert list(tmp_path.glob("*.png"))

@@ -59,21 +59,34 @@ def in_torch(
     return [x.detach().float().cpu().numpy() for x in (out, A.grad, B.grad)]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        *((recipe, "bfloat16") for recipe in RECIPES),
+        # Of float32 operands each kind of format and of wgrad; the other recipes differ from these in a scale rule.
+        ("bf16", "float32"),
+        ("fp8_rowwise", "float32"),
+        ("fp8_rowwise_wgrad_with_hp", "float32"),
+        ("fp8_blockwise", "float32"),
+        ("mxfp8_rceil", "float32"),
+    ],
+)
 def test_op_and_gradients_on_a_cpu(recipe: str, dtype: str) -> None:
     sizes, config = shapes.group_sizes("short", M, G), config_from_recipe(recipe)
     inputs = [jnp.asarray(values("normal", s, i), dtype) for i, s in enumerate([(M, K), (G, N, K), (M, N)])]
-    pure, bridged = (in_jax(*inputs, sizes, config=config, implementation=i) for i in ("jax", "bridge"))
+    bridged = in_jax(*inputs, sizes, config=config, implementation="bridge")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as under the bridge: the split of a GEMM over threads may change the order of its sums
     try:
         want = in_torch(*(torch.from_dlpack(x) for x in inputs), torch.from_numpy(sizes), config)
     finally:
         torch.set_num_threads(threads)
-    for name, x, y, reference in zip(("out", "dA", "dB"), pure, bridged, want, strict=True):
-        np.testing.assert_array_equal(y, reference, err_msg=name)
-        assert oracle.sqnr(reference, x) >= (KERNEL_TIER if dtype == "bfloat16" else 120), name
+    for name, x, reference in zip(("out", "dA", "dB"), bridged, want, strict=True):
+        np.testing.assert_array_equal(x, reference, err_msg=name)
+    if dtype == "float32":  # JAX alone in bfloat16: test_ragged_dot.py, beside the oracle
+        pure = in_jax(*inputs, sizes, config=config, implementation="jax")
+        for name, x, reference in zip(("out", "dA", "dB"), pure, want, strict=True):
+            assert oracle.sqnr(reference, x) >= 120, name
 
 
 @pytest.mark.gpu
@@ -143,8 +156,14 @@ def test_replayed_graphs_see_new_inputs(recipe: str) -> None:
         np.testing.assert_array_equal(np.asarray(run(x, sizes), np.float32), want.float().cpu().numpy())
 
 
-@pytest.mark.parametrize("recipe", [None, "bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        *((recipe, "bfloat16") for recipe in (None, "bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_rceil")),
+        (None, "float32"),
+        ("fp8_rowwise", "float32"),
+    ],
+)
 def test_moe_layers(recipe: str | None, dtype: str) -> None:
     """Outputs and gradients of the two layers, with the same weights.
 
