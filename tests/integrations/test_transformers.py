@@ -95,7 +95,12 @@ def build(name: str, implementation: str | None = "grouped_mm", dtype: torch.dty
     config = transformers.AutoConfig.for_model(name, **fields, **(GROUPED | OTHERS)[name])
     torch.manual_seed(0)
     chosen = {} if implementation is None else {"experts_implementation": implementation}
-    model = transformers.AutoModelForCausalLM.from_config(config, **chosen)
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(config, **chosen)
+    except ValueError as error:
+        if "does not support setting experts implementation" not in str(error):
+            raise
+        pytest.skip(f"{name} has no experts_implementation in transformers {transformers.__version__}")
     return model.to(dtype).train()
 
 
