@@ -126,14 +126,15 @@ def quantize_(
         logger.warning("quantize_: left alone: %s", misfit)
 
     converted: dict[str, Tensor] = {}
+    modules: dict[str, nn.Module] = {}
     for weight, chosen in matched:
         for owner in weight.owners:
             convert(owner.module, owner.name, weight.wrapper.with_key(chosen.to_key()))
         name = " = ".join(owner.fqn for owner in weight.owners)
-        converted[name] = weight.parameter
-        warn_of_kernels(weight.owners[0].module, name)
+        converted[name], modules[name] = weight.parameter, weight.owners[0].module
     remember(converted)
-    adopt(owner.module for weight, _ in matched for owner in weight.owners)
+    warn_of_kernels(modules)
+    adopt(modules.values())
     if verbose and matched:
         logger.info("quantize_: %s\n%s", _counts(matched, weights), table(converted))
 

@@ -57,15 +57,20 @@ def remember(parameters: dict[str, Tensor]) -> None:
         setattr(parameter, _ORIGIN, _Origin(fqn, warned))
 
 
-def warn_of_kernels(module: nn.Module, fqn: str) -> None:
-    """Warns where transformers would give the weights of `module` to kernels that ask no tensor subclass."""
-    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    if chosen in _KERNELS:
-        warnings.warn(
-            f"experts_implementation={chosen!r} multiplies by {fqn!r} with its own kernels, in their precision; call "
-            "model.set_experts_implementation('grouped_mm')",
-            stacklevel=3,
-        )
+def warn_of_kernels(converted: dict[str, nn.Module]) -> None:
+    """Warns where transformers would give the weights of a module to kernels that ask no tensor subclass.
+
+    `converted`: modules by the name of a converted weight. A model has one setting, so the first of them is named.
+    """
+    for fqn, module in converted.items():
+        chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if chosen in _KERNELS:
+            warnings.warn(
+                f"experts_implementation={chosen!r} multiplies by {fqn!r} with its own kernels, in their precision; "
+                "call model.set_experts_implementation('grouped_mm')",
+                stacklevel=3,
+            )
+            return
 
 
 def in_high_precision(cls: Any, func: Callable[..., Any], args: Any) -> None:
