@@ -39,8 +39,11 @@ class ScaledGroupedMMTensor(WrappedWeight):
 
 @cache
 def _learn_transformers() -> None:
-    """Intercepts what transformers computes where it does not trust ``torch.nn.functional.grouped_mm``: float32 under
-    ``torch.compile``, for one."""
+    """Intercepts what transformers computes where it does not trust ``torch.nn.functional.grouped_mm`` (float32 under
+    ``torch.compile``, for one), and registers the experts implementation "xmoe", which a pickled model may name."""
+    from xmoe.torch_backend.transformers import register
+
+    register()
     op = torch.ops.transformers.grouped_mm_fallback
     ScaledGroupedMMTensor.handlers |= {op: _grouped_mm_fallback, op.default: _grouped_mm_fallback}
     teach_compile(op)

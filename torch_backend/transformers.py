@@ -2,8 +2,8 @@
 
 T = tokens, D = model width, H = hidden width of one expert, E = experts, k = experts that each token goes to.
 
-`xmoe.torch_backend.quantize_` registers it and chooses it for models that run "grouped_mm", which it gives every
-module that it does not recognise. ``model.set_experts_implementation("grouped_mm")`` takes it back.
+The first wrapped weight registers it; `xmoe.torch_backend.quantize_` chooses it for models that run "grouped_mm", which
+it gives every module that it does not recognise. ``model.set_experts_implementation("grouped_mm")`` takes it back.
 """
 
 import logging
@@ -22,6 +22,11 @@ NAME = "xmoe"
 logger = logging.getLogger(__name__)
 
 
+def register() -> None:
+    """Gives transformers, which has been imported, the implementation."""
+    sys.modules["transformers.integrations.moe"].ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
 def adopt(modules: Iterable[nn.Module]) -> None:
     """Makes recognised experts among the converted modules run as one op, if they would run "grouped_mm"."""
     if "transformers.integrations.moe" not in sys.modules:
@@ -29,7 +34,6 @@ def adopt(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         config = getattr(module, "config", None)
         if getattr(config, "_experts_implementation", None) == "grouped_mm" and _is_swiglu(module):
-            sys.modules["transformers.integrations.moe"].ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
             config._experts_implementation = NAME  # type: ignore[union-attr]
             logger.info("experts_implementation is now %r: permutation, SwiGLU and quantization are fused", NAME)
 

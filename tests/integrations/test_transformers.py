@@ -1,6 +1,8 @@
 """MoE models of transformers, as they are: tiny, with random weights, built from their configs."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
+ROOT = Path(__file__).parents[2]
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
@@ -309,6 +312,24 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert again.config._experts_implementation == "grouped_mm"
     quantize_(again, "fp8_rowwise", verbose=False)
     assert torch.equal(loss_and_gradients(model)[0], loss_and_gradients(again)[0])
+
+
+def test_pickled_models_run_elsewhere(tmp_path: Path) -> None:
+    """In a process that has not called `quantize_`."""
+    model = build("qwen3_moe")
+    quantize_(model, "fp8_rowwise", verbose=False)
+    torch.save(model, tmp_path / "model.pt")
+    script = f"""
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+ids = torch.tensor({IDS.tolist()})
+print(model.config._experts_implementation, model(input_ids=ids, labels=ids).loss.item())
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    name, loss = out.stdout.split()
+    assert name == "xmoe"
+    assert float(loss) == pytest.approx(loss_and_gradients(model)[0].item(), rel=1e-6)
 
 
 def test_generate() -> None:
