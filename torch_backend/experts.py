@@ -92,8 +92,7 @@ def swiglu_experts_by_key(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor, config_key: str, order: Tensor | None = None
 ) -> Tensor:
     """`swiglu_experts` with the config as its key, the form that the ops carry."""
-    whole = _multiple_of_h(config_key)
-    if w1.ndim == 3 and (w1.shape[1] % whole or w1.shape[2] % FEATURE_MULTIPLE):
+    if w1.ndim == 3 and not fuses(config_key, w1.shape[1], w1.shape[2]):
         check(*arguments(x, w1, w2, w3, offs, order), multiple=1)
         x = x if order is None else permute_tokens(x, order)
         h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
@@ -122,6 +121,11 @@ def _prepare(
     packed = [pack(operand) for operand in experts.prepare_weights(e, config, view, *weights)]
     of_forward, of_backward = ([tensor for pair in half for tensor in pair] for half in (packed[:3], packed[3:]))
     return of_forward, of_backward
+
+
+def fuses(config_key: str, H: int, D: int) -> bool:
+    """Whether `swiglu_experts` of these sizes is one op."""
+    return H % _multiple_of_h(config_key) == 0 and D % FEATURE_MULTIPLE == 0
 
 
 @torch.compiler.assume_constant_result

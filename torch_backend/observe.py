@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from xmoe.config import BF16GroupedMMRecipe, config_from_key, config_from_recipe
 from xmoe.kernels import emulation
-from xmoe.operands import whole_blocks
 from xmoe.torch_backend.combine import permute_tokens
-from xmoe.torch_backend.experts import swiglu_experts_by_key
+from xmoe.torch_backend.experts import fuses, swiglu_experts_by_key
 from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key, key_with_out_dtype
 from xmoe.torch_backend.numerics import Gemm, Results, measure
 from xmoe.torch_backend.weight_cache import paused
@@ -173,7 +172,8 @@ def _measured_experts(
     [w1 | w3], whose gradient shares its scales."""
     x, w1, w2, w3, offs, order = saved
     need_x, need_w1, need_w2, need_w3 = needs[:4]
-    H, fused = w1.shape[1], whole_blocks(config_from_key(config_key).format, w1.shape[1])
+    _, H, D = w1.shape
+    fused = fuses(config_key, H, D)
     inner = key_with_out_dtype(config_key, x.dtype) if fused else config_key
     x = x if order is None else permute_tokens(x, order)
     halves = [torch.cat([w1.mT, w3.mT], 2)] if fused else [w1.mT, w3.mT]
