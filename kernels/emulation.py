@@ -7,6 +7,10 @@ suitable GPU and for debugging: unlike a kernel it allocates its results and rea
 (on a GPU: one synchronisation a call).
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -167,6 +171,26 @@ def from_scale_tiles(tiles: torch.Tensor, R: int, B: int, offs: torch.Tensor | N
 # ----------------------------------------------------------------------------------------------------- grouped GEMMs
 
 
+def outside_autocast(gemm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`gemm`, whose float32 products autocast would round."""
+
+    @functools.wraps(gemm)
+    def outside(a: Any, *args: Any, **options: Any) -> torch.Tensor:
+        kind = (a if isinstance(a, torch.Tensor) else a.data).device.type
+        if not is_autocast_enabled(kind):
+            return gemm(a, *args, **options)
+        with torch.autocast(kind, enabled=False):
+            return gemm(a, *args, **options)
+
+    return outside
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """``torch.is_autocast_enabled``, of any type of device (it refuses "meta")."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+@outside_autocast
 def grouped_mm(
     a: Operand,
     b: Operand,
@@ -198,6 +222,7 @@ def grouped_mm(
     return out
 
 
+@outside_autocast
 def grouped_mm_tokens(
     a: Operand,
     b: Operand,
@@ -226,6 +251,7 @@ def grouped_mm_tokens(
     return out
 
 
+@outside_autocast
 def grouped_mm_bf16(
     A: torch.Tensor,
     B: torch.Tensor,
@@ -247,6 +273,7 @@ def grouped_mm_bf16(
     return out
 
 
+@outside_autocast
 def grouped_mm_tokens_bf16(
     A: torch.Tensor,
     dOut: torch.Tensor,

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from xmoe.config import KernelPreference
+from xmoe.kernels import emulation
 from xmoe.kernels.call import on_device, programs
 from xmoe.kernels.dispatch import Device, UnsupportedError
 from xmoe.kernels.specs import HAS_TRITON, device_of
@@ -130,6 +131,7 @@ def _transposed(data: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- GEMM
 
 
+@emulation.outside_autocast
 def scaled_mm(
     a: torch.Tensor,
     a_scale: torch.Tensor,

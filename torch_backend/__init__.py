@@ -1,5 +1,6 @@
 """xmoe for PyTorch: grouped GEMMs, linears, their weight wrappers and ``quantize_``, an MoE layer."""
 
+from xmoe.torch_backend import flops as _flops  # noqa: F401
 from xmoe.torch_backend.auto_filter import auto_filter
 from xmoe.torch_backend.combine import combine, permute_tokens
 from xmoe.torch_backend.experts import swiglu_experts

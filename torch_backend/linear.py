@@ -96,7 +96,7 @@ class ScaledLinearTensor(WrappedWeight):
     """
 
     ndims = 2
-    kind = "a linear's weight"
+    kind = "linear weights"
     remedy = "compute it with linear, mm, addmm or matmul"
     config_type = LinearConfig
 

@@ -32,9 +32,12 @@ def unquantize_(model: nn.Module) -> None:
     It is the same ``nn.Parameter`` on the same storage, with its gradient and its owners. Nothing of the conversion is
     left on the modules, except on those that have DTensors. A model without converted parameters stays as it is.
     """
+    from xmoe.torch_backend.transformers import release
+
     for module in model.modules():
         if not isinstance(module._parameters, ConvertedParameters):
             continue
+        release(module)
         parameters, names = module._parameters, list(module._parameters.classes)
         parameters.released.update(names)
         parameters.classes.clear()

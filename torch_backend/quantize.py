@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
 from xmoe.config import LINEAR_RECIPES, RECIPES, GemmConfig, LinearConfig, any_config
 from xmoe.fqn import DEFAULT, UNMATCHED, FqnToConfig, Unmatched, enclosing
@@ -97,6 +98,13 @@ def quantize_(
         model.to(device)
 
     weights = _weights(model)
+    for name, module in _modules(model):
+        if isinstance(module, ParametrizationList) and module.original.ndim in (2, 3):
+            logger.warning(
+                "quantize_: left alone: %s is parametrized, and what its parametrization gives is a plain tensor; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first",
+                name.replace("parametrizations.", ""),
+            )
     _check_keys(mapping, weights)
     if filter_fn is not None:
         taken = {name for name, module in _modules(model) if filter_fn(module, name)}
@@ -161,8 +169,8 @@ def _weights(model: nn.Module) -> list[_Weight]:
 
 
 def _wrapper(module: nn.Module, name: str, parameter: nn.Parameter) -> type[WrappedWeight] | None:
-    if not parameter.is_floating_point() or isinstance(module, _ConvNd):
-        return None
+    if not parameter.is_floating_point() or isinstance(module, _ConvNd | ParametrizationList):
+        return None  # what a parametrization computes of its parameters is multiplied, a plain tensor
     if parameter.ndim == 3:
         return ScaledGroupedMMTensor
     # NonDynamicallyQuantizableLinear: nn.MultiheadAttention multiplies by its weight without calling it.

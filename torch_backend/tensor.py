@@ -28,7 +28,7 @@ class ScaledGroupedMMTensor(WrappedWeight):
 
     ndims = 3
     kind = "expert weights"
-    remedy = "compute it with torch._grouped_mm, bmm, matmul or linear"
+    remedy = "multiply inputs of 2 or 3 dimensions by it with torch._grouped_mm, bmm, matmul or linear"
 
     @classmethod
     def with_key(cls, key: str) -> type[Self]:

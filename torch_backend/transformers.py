@@ -38,6 +38,13 @@ def adopt(modules: Iterable[nn.Module]) -> None:
             logger.info("experts_implementation is now %r: permutation, SwiGLU and quantization are fused", NAME)
 
 
+def release(module: nn.Module) -> None:
+    """Undoes `adopt`."""
+    config = getattr(module, "config", None)
+    if getattr(config, "_experts_implementation", None) == NAME:
+        config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+
+
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Of an experts module of transformers: hidden_states [T, D], top_k_index [T, k] and its weights → [T, D].
 
@@ -46,7 +53,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     moe = sys.modules["transformers.integrations.moe"]
     w13, w2 = getattr(self, "gate_up_proj", None), self.down_proj
     E = self.num_experts
-    if not (isinstance(w13, ScaledGroupedMMTensor) and type(w13) is type(w2) and _is_swiglu(self)):
+    fused = isinstance(w13, ScaledGroupedMMTensor) and type(w13) is type(w2) and _is_swiglu(self)
+    if w13 is None or not fused or w13.dtype == torch.float16:
         return moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if not torch.is_grad_enabled() and top_k_index.numel() < E:  # generation: the weights of few experts
         return moe.batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.config import GemmConfig, GroupedMMConfig, config_from_key, recipes
+from xmoe.kernels.emulation import is_autocast_enabled
 from xmoe.torch_backend.unquantized import PRODUCTS, in_high_precision, is_foreign
 
 _VIEWS = (
@@ -162,7 +163,7 @@ def config_key(cls: type[WrappedWeight], weight: Tensor) -> str:
 def follow_autocast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """In the dtype that autocast gives to matrix products. (It leaves the grouped GEMM alone.)"""
     kind = input.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not is_autocast_enabled(kind):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

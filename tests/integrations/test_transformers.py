@@ -16,7 +16,7 @@ from tests.torch_backend.compiling import BACKEND, assert_compiled_close
 from xmoe.config import config_from_recipe
 from xmoe.fqn import FqnToConfig
 from xmoe.oracle import sqnr
-from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm, tensor
+from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm, tensor, unquantize_
 
 transformers = pytest.importorskip("transformers", minversion="5")
 pytestmark = [
@@ -224,6 +224,14 @@ def test_experts_that_are_not_swiglu_keep_their_implementation(name: str) -> Non
     assert model.config._experts_implementation == "grouped_mm"
 
 
+def test_unquantize() -> None:
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    quantize_(model, "fp8_rowwise", verbose=False)
+    unquantize_(model)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert torch.equal(loss_and_gradients(model)[0], loss_and_gradients(plain)[0])
+
+
 def test_fused_implementation_of_plain_weights() -> None:
     """It is "grouped_mm" there."""
     model, reference = build("qwen3_moe"), build("qwen3_moe")
@@ -281,6 +289,14 @@ def test_autocast(weights: torch.dtype, implementation: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = experts_of(weights, implementation=implementation)(x, experts, scores)
         assert out.dtype == experts_of(weights, None)(x, experts, scores).dtype
+
+
+def test_half_precision() -> None:
+    """Experts in float16 go through the GEMMs one by one, which compute it in float32."""
+    inputs = routed(torch.float16)
+    out, plain = (experts_of(torch.float16, recipe, "xmoe")(*inputs) for recipe in ("mxfp8_rceil", None))
+    assert out.dtype == torch.float16
+    assert 20 <= db(plain.detach(), out.detach()) < 40
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "xmoe"])

@@ -372,7 +372,7 @@ def test_wrong_dtype(dtype: torch.dtype, message: str) -> None:
 
 
 def test_what_cannot_be_wrapped() -> None:
-    with pytest.raises(ValueError, match=r"only a linear's weight with 2 dimensions can be wrapped"):
+    with pytest.raises(ValueError, match=r"only linear weights with 2 dimensions can be wrapped"):
         ScaledLinearTensor(torch.zeros(2, 16, 16), any_config("rowwise"))
     with pytest.raises(ValueError, match=r"give a LinearConfig, such as that of 'rowwise'"):
         ScaledLinearTensor(torch.zeros(16, 16), any_config("fp8_rowwise"))

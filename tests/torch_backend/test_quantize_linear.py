@@ -162,7 +162,7 @@ def test_attention_of_torch_is_left_alone() -> None:
     [
         (
             FqnToConfig({"pre_moe": "fp8_rowwise"}),
-            r"config: 'pre_moe' has a FP8GroupedMMConfig and matches only a linear's weight, such as pre_moe.weight; "
+            r"config: 'pre_moe' has a FP8GroupedMMConfig and matches only linear weights, such as pre_moe.weight; "
             "give it a LinearConfig",
         ),
         (

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.torch_backend.compiling import BACKEND, assert_compiled_close
 from xmoe.config import FP8GroupedMMConfig
-from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm
+from xmoe.torch_backend import ScaledGroupedMMTensor, quantize_, scaled_grouped_mm, swiglu_experts
 
 FP8 = FP8GroupedMMConfig()
 G, T, K, N = 3, 5, 32, 48
@@ -151,7 +153,7 @@ def test_warns_once_a_model_and_names_the_parameter() -> None:
     model, x = Einsum(), torch.randn(G, T, K, dtype=torch.bfloat16).float()
     quantize_(model, FP8, verbose=False)
     with pytest.warns(
-        UserWarning, match=r"^einsum of the converted expert weights 'up' runs in high precision; compute"
+        UserWarning, match=r"^einsum of the converted expert weights 'up' runs in high precision; multiply"
     ):
         torch.einsum("etd,edf->etf", x, model.up)
     with pytest.warns(UserWarning, match=r"^baddbmm of the converted expert weights 'down'"):
@@ -211,3 +213,68 @@ def test_odd_features_are_padded(k: int, n: int, stored: str) -> None:
     assert torch.equal(out, wide[:, :n])
     assert torch.equal(a.grad, wide_a.grad[:, :k])
     assert torch.equal(b.grad, wide_b.grad[:, :k, :n])
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_the_grouped_gemm(recipe: str, dtype: torch.dtype) -> None:
+    """Whose products the emulation computes in float32: in float16 those of e4m3 overflow."""
+    A, w, _ = operands(torch.float32)
+    x, w = A.flatten(0, 1).requires_grad_(), w.requires_grad_()
+    offs = torch.tensor([5, 10, 15], dtype=torch.int32)
+    expected = scaled_grouped_mm(x, w, offs, recipe)
+    gradients = torch.autograd.grad(expected.sin().sum(), (x, w))
+    with torch.autocast("cpu", dtype):
+        out = scaled_grouped_mm(x, w, offs, recipe)
+        assert torch.equal(out, expected)
+        for a, b in zip(torch.autograd.grad(out.sin().sum(), (x, w)), gradients, strict=True):
+            assert torch.equal(a, b)
+
+
+class Delta(nn.Module):
+    """As of low-rank adapters."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w + 1
+
+
+def test_parametrized_weights_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """They are computed anew for each product, by operations that give plain tensors."""
+    model = Einsum()
+    parametrize.register_parametrization(model, "up", Delta())
+    quantize_(model, FP8, verbose=False)
+    assert type(model.parametrizations.up.original) is nn.Parameter
+    assert isinstance(model.down, ScaledGroupedMMTensor)
+    assert "left alone: up is parametrized" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
+def test_meta_tensors(recipe: str) -> None:
+    """Shapes alone."""
+    module = nn.Module()
+    module.w = nn.Parameter(torch.randn(G, K, N))
+    quantize_(module, recipe, verbose=False)
+    module.to("meta")
+    out = torch.bmm(torch.randn(G, T, K, device="meta"), module.w)
+    assert (out.shape, out.device.type) == ((G, T, N), "meta")
+    out.sum().backward()
+    assert module.w.grad.shape == (G, K, N)
+
+
+def test_flop_counter() -> None:
+    """18 M H D operations in a step of SwiGLU experts, 6 M N K of one GEMM: as of plain weights."""
+    x, offs = torch.randn(40, 64), torch.tensor([10, 25, 40], dtype=torch.int32)
+    w1, w3 = (torch.randn(G, 32, 64, requires_grad=True) for _ in range(2))
+    w2 = torch.randn(G, 64, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        swiglu_experts(x.requires_grad_(), w1, w2, w3, offs, "fp8_rowwise").sum().backward()
+    assert counter.get_total_flops() == 18 * 40 * 32 * 64
+    order = torch.randperm(80)
+    with FlopCounterMode(display=False) as counter:
+        swiglu_experts(x, w1, w2, w3, 2 * offs, "mxfp8_rceil", order).sum().backward()
+    assert counter.get_total_flops() == 18 * 80 * 32 * 64
+    A, w, wrapped = operands()
+    for weight in (w.requires_grad_(), wrapped.requires_grad_()):
+        with FlopCounterMode(display=False) as counter:
+            torch.bmm(A.requires_grad_(), weight).sum().backward()
+        assert counter.get_total_flops() == 6 * G * T * K * N
