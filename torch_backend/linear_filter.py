@@ -30,8 +30,9 @@ def filter_fqns(fqns: Iterable[str] = (), *, recipe: LinearConfig | StrEnum | st
     out: its logits are what the loss sees, and it is often tied.
 
     Args:
-        fqns: parts of names: a module with one of them anywhere in its name stays as it is. "auto_filter_small_kn"
-            stands for all linears that are too small to gain from `recipe` (`gains`).
+        fqns: parts of names: a module with one of them anywhere in its name stays as it is; `quantize_` warns in the
+            log of one that no name has. "auto_filter_small_kn" stands for all linears that are too small to gain from
+            `recipe` (`gains`).
         recipe: what the linears will get, a recipe or a config; for "auto_filter_small_kn", and for padding.
 
     Raises:
@@ -48,8 +49,11 @@ def filter_fqns(fqns: Iterable[str] = (), *, recipe: LinearConfig | StrEnum | st
             raise ValueError(f"recipe=None: {AUTO_FILTER_SMALL_KN!r} needs the recipe that the linears will get")
         _points(config.recipe)
 
+    unused = set(parts)
+
     def takes(module: nn.Module, fqn: str) -> bool:
-        if any(part in fqn for part in parts):
+        if found := [part for part in parts if part in fqn]:
+            unused.difference_update(found)
             return False
         if not isinstance(module, nn.Linear):
             return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
@@ -58,6 +62,7 @@ def filter_fqns(fqns: Iterable[str] = (), *, recipe: LinearConfig | StrEnum | st
             return False
         return config is None or not auto or gains(K, N, config.recipe)
 
+    takes.unused = unused  # type: ignore[attr-defined]
     return takes
 
 

@@ -173,8 +173,9 @@ class Monitor:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "monitor: %s. It sees products that run eagerly and take part in a backward, not those in torch.compile"
-                ' or in a CUDA graph: let torch.compiler.set_stance("force_eager") run the steps that it measures',
+                "monitor: %s. It sees products that run eagerly and take part in a backward, of weights that reach them"
+                " unchanged (not of biases or embeddings), not those in torch.compile or in a CUDA graph: let"
+                ' torch.compiler.set_stance("force_eager") run the steps that it measures',
                 what,
             )
 

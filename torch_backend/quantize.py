@@ -108,6 +108,8 @@ def quantize_(
     _check_keys(mapping, weights)
     if filter_fn is not None:
         taken = {name for name, module in _modules(model) if filter_fn(module, name)}
+        if unused := sorted(getattr(filter_fn, "unused", ())):  # of filter_fqns
+            logger.warning("quantize_: no module has %s in its name", ", ".join(map(repr, unused)))
         candidates = [tuple(o for o in w.owners if not taken.isdisjoint(enclosing(o.fqn))) for w in weights]
     else:
         candidates = [w.owners for w in weights]

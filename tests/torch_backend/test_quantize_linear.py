@@ -250,6 +250,13 @@ def test_the_table_knows_the_recipes_of_torchao() -> None:
         assert not linear_filter.gains(512, 512, recipe)
 
 
+def test_names_that_nothing_has_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(32, 32), last=nn.Linear(32, 32)))
+    quantize_(model, ROWWISE, filter_fqns(["lasst", "first"]), verbose=False)
+    assert "no module has 'lasst' in its name" in caplog.text
+    assert [isinstance(layer.weight, ScaledLinearTensor) for layer in model] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("fqns", "recipe", "message"),
     [
