@@ -131,7 +131,6 @@ def _transposed(data: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- GEMM
 
 
-@emulation.outside_autocast
 def scaled_mm(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -147,6 +146,11 @@ def scaled_mm(
     `fast`: partial sums in the tensor core alone. C and P are multiples of 16, and nothing is empty.
     """
     if emulated:
-        # Not in place: selective activation checkpointing may keep the product.
-        return ((a.float() @ b.float().t()) * a_scale * b_scale).to(out_dtype)
+        return _emulated_mm(a, a_scale, b, b_scale).to(out_dtype)
     return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=fast)
+
+
+@emulation.outside_autocast
+def _emulated_mm(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
+    # Not in place: selective activation checkpointing may keep the product.
+    return (a.float() @ b.float().t()) * a_scale * b_scale

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xmoe.torch_backend.unquantized import ORIGIN
 from xmoe.torch_backend.wrapper import WrappedWeight, set_class, weight_class
 
 
@@ -131,6 +132,7 @@ def _class_beside(x: Any, cls: type[WrappedWeight], name: str) -> Any:
 def unwrap_(x: Tensor | None) -> None:
     """The inverse of `wrap_`, of plain tensors, parameters and DTensors."""
     if isinstance(x, WrappedWeight):
+        vars(x).pop(ORIGIN, None)
         set_class(x, nn.Parameter if vars(x).pop("_is_param", False) else Tensor)
     elif is_dtensor(x):
         set_class(x, sys.modules["torch.distributed.tensor"].DTensor)

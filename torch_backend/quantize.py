@@ -98,14 +98,8 @@ def quantize_(
         model.to(device)
 
     weights = _weights(model)
-    for name, module in _modules(model):
-        if isinstance(module, ParametrizationList) and module.original.ndim in (2, 3):
-            logger.warning(
-                "quantize_: left alone: %s is parametrized, and what its parametrization gives is a plain tensor; call "
-                "torch.nn.utils.parametrize.remove_parametrizations first",
-                name.replace("parametrizations.", ""),
-            )
     _check_keys(mapping, weights)
+    taken: set[str] = set()
     if filter_fn is not None:
         taken = {name for name, module in _modules(model) if filter_fn(module, name)}
         if unused := sorted(getattr(filter_fn, "unused", ())):  # of filter_fqns
@@ -113,6 +107,14 @@ def quantize_(
         candidates = [tuple(o for o in w.owners if not taken.isdisjoint(enclosing(o.fqn))) for w in weights]
     else:
         candidates = [w.owners for w in weights]
+    for fqn, wrapper in _parametrized(model):
+        wanted = filter_fn is None or not taken.isdisjoint(enclosing(fqn))
+        if wanted and isinstance(mapping.resolve(fqn), wrapper.config_type):
+            logger.warning(
+                "quantize_: left alone: %s is parametrized, and what its parametrization gives is a plain tensor; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first",
+                fqn,
+            )
     matched: _Matched = []
     misfits: list[str] = []
     leaves_alone = all(value is None for value in mapping.fqn_to_config.values())
@@ -168,6 +170,20 @@ def _weights(model: nn.Module) -> list[_Weight]:
             strangers = tuple(owner.fqn for owner, own in owned if own is None and wrapper is ScaledLinearTensor)
             weights.append(_Weight(tuple(owner for owner, own in owned if own is not None), wrapper, strangers))
     return weights
+
+
+def _parametrized(model: nn.Module) -> list[tuple[str, type[WrappedWeight]]]:
+    """The weights that parametrizations compute, with the wrapper that they would have otherwise."""
+    found: list[tuple[str, type[WrappedWeight]]] = []
+    for name, module in _modules(model):
+        if isinstance(module, ParametrizationList):
+            owner, _, attribute = name.rpartition("parametrizations.")
+            ndim = max((parameter.ndim for parameter in module.parameters(recurse=False)), default=0)
+            linear = isinstance(model.get_submodule(owner.removesuffix(".")), nn.Linear) and attribute == "weight"
+            wrapper = {2: ScaledLinearTensor if linear else None, 3: ScaledGroupedMMTensor}.get(ndim)
+            if wrapper is not None:
+                found.append((owner + attribute, wrapper))
+    return found
 
 
 def _wrapper(module: nn.Module, name: str, parameter: nn.Parameter) -> type[WrappedWeight] | None:

@@ -46,7 +46,7 @@ class _Origin(NamedTuple):
     """Shared by the parameters of a model: what it has warned of."""
 
 
-_ORIGIN = "_xmoe_origin"
+ORIGIN = "_xmoe_origin"
 """The attribute of a converted parameter: weak references would be in the way of ``torch.utils.swap_tensors``."""
 
 
@@ -54,7 +54,7 @@ def remember(parameters: dict[str, Tensor]) -> None:
     """Takes down the names of the converted parameters of one model."""
     warned: set[str] = set()
     for fqn, parameter in parameters.items():
-        setattr(parameter, _ORIGIN, _Origin(fqn, warned))
+        setattr(parameter, ORIGIN, _Origin(fqn, warned))
 
 
 def warn_of_kernels(converted: dict[str, nn.Module]) -> None:
@@ -106,6 +106,6 @@ def _origin(weight: Tensor) -> _Origin | None:
     while node is not None and not hasattr(node, "variable"):
         node = next((parent for parent, _ in node.next_functions if parent is not None), None)
     for x in (weight, weight._base, getattr(node, "variable", None)):
-        if x is not None and (origin := getattr(x, _ORIGIN, None)):
+        if x is not None and (origin := getattr(x, ORIGIN, None)):
             return origin
     return None

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.torch_backend.compiling import BACKEND, assert_compiled_close
@@ -242,10 +242,17 @@ def test_parametrized_weights_are_left_alone(caplog: pytest.LogCaptureFixture) -
     """They are computed anew for each product, by operations that give plain tensors."""
     model = Einsum()
     parametrize.register_parametrization(model, "up", Delta())
+    model.linear = parametrizations.weight_norm(nn.Linear(K, N))  # of two parameters
     quantize_(model, FP8, verbose=False)
     assert type(model.parametrizations.up.original) is nn.Parameter
     assert isinstance(model.down, ScaledGroupedMMTensor)
     assert "left alone: up is parametrized" in caplog.text
+    assert "linear" not in caplog.text  # nobody asked for it
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"^model has no nn.Linear|matches none"):
+        quantize_(model, "rowwise", filter_fn=lambda _, name: name != "", verbose=False)
+    assert "left alone: linear.weight is parametrized" in caplog.text
+    assert "up" not in caplog.text
 
 
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
