@@ -162,7 +162,8 @@ def test_grouped_gemms(name: str, device: str, monkeypatch: pytest.MonkeyPatch, 
         assert torch.equal(gradient, expected[parameter]), parameter
     monkeypatch.setattr(F, "grouped_mm", original)
     exact_loss, exact = loss_and_gradients(plain)
-    assert loss.item() == pytest.approx(exact_loss.item(), rel=2e-3)
+    near = 2e-3 if device == "cuda" or name == "gpt_oss" else 2e-4  # GPT-OSS's untrained router changes its mind
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=near)
     assert not torch.equal(gradients[experts[0]], exact[experts[0]])
 
 
@@ -174,7 +175,7 @@ def test_other_experts(name: str, calls: list[tuple[int, ...]]) -> None:
     loss, gradients = loss_and_gradients(model)
     ran_quantized(model, calls)
     exact, expected = loss_and_gradients(reference)
-    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-4)
     for parameter in converted(model):
         assert 20 <= db(expected[parameter], gradients[parameter]) < 60
 
