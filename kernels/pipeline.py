@@ -54,6 +54,7 @@ def forward(
     offs: torch.Tensor,
     outputs: Tensors,
     scratch: Tensors,
+    rows: Prepared | None = None,
 ) -> None:
     """Write the outputs of `forward_spec`.
 
@@ -63,20 +64,26 @@ def forward(
         offs: int32 [G], cumulative group ends; any values (docs/design.md).
         outputs, scratch: by the names of `forward_spec`, contiguous; ``a_tokens`` and, of B with K contiguous,
             ``b_amax`` are written where they are given.
+        rows: of A, where it comes quantized (`xmoe.kernels.operands.as_rows`); A is then read for ``a_tokens`` alone.
     """
     if select(config, device).gemm == "emulated":
-        emulated_forward(config, A, B, offs, outputs)
+        emulated_forward(config, A, B, offs, outputs, rows)
         return
 
     def run() -> None:
         call = Call(problem, config, device, offs, scratch)
         call.prepare(A.shape[0], outputs, scratch)
-        a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
+        if rows is None:
+            a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
+        else:
+            a = rows
+            if "a_tokens" in outputs:
+                call.tokens("a_tokens", A, outputs)
         b = B if isinstance(B, Prepared) else B.mT
         call.grouped_mm(a, b, outputs["out"], columns=outputs.get("b_amax"))
 
     with on_device(offs):
-        replayed(("forward", problem, config, device), (A, B, offs), (outputs, scratch), run)
+        replayed(("forward", problem, config, device), (A, B, offs, rows), (outputs, scratch), run)
 
 
 def backward(
@@ -129,12 +136,18 @@ def backward(
         replayed(("backward", problem, config, device), (dOut, A_saved, B, b_amax, offs), (outputs, scratch), run)
 
 
-def emulated_forward(config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs: Tensors) -> None:
+def emulated_forward(
+    config: GroupedMMConfig, A, B, offs: torch.Tensor, outputs: Tensors, rows: Prepared | None = None
+) -> None:
     out = outputs["out"]
     if config.format == "bf16":
         emulation.grouped_mm_bf16(A, B, offs, out=out)
         return
-    a = emulation.quantize_rows(A, config.format, axis="K")
+    if rows is None:
+        a = emulation.quantize_rows(A, config.format, axis="K")
+    else:
+        assert rows.scale is not None, "an emulated operand has scales"
+        a = QuantizedOperand(rows.data, rows.scale, "K", config.format)
     emulation.grouped_mm(a, _emulated_weights(B, "K", config.format), offs, out=out)
     if "a_tokens" in outputs:
         tokens = emulation.quantize_tokens(A, offs, config.format)

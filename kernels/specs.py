@@ -214,15 +214,17 @@ def forward_spec(
     save_tokens: bool = True,
     prepared: bool = False,
     save_amax: bool = False,
+    rows: bool = False,
 ) -> Spec:
-    """Outputs: `forward_outputs`. `prepared`: the weights come so, and have no maxima to save."""
+    """Outputs: `forward_outputs`. `prepared`: the weights come so, and have no maxima to save; `rows`: so does A."""
     p, impl = problem, select(config, device)
     spec = Spec(forward_outputs(p, config, impl, save_tokens, save_amax and not prepared))
     if impl.gemm == "emulated":
         return spec
     if "a_tokens" in spec.outputs:
         spec.scratch.update(maxima_spec("a_tokens", p.K, p, config) | token_map(TOKEN_TILE, p))
-    spec.scratch.update(rows_spec("a", p.K, p.a_dtype, p, config, impl))
+    if not rows:
+        spec.scratch.update(rows_spec("a", p.K, p.a_dtype, p, config, impl))
     if not prepared:
         spec.scratch.update(weights_spec(p.N, p.K, p, config, impl))
     if "b_amax" in spec.outputs:

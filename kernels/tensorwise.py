@@ -95,14 +95,14 @@ def cast(
     if emulated or not _by_triton(x):
         data, scale = _cast(x, maxima, e5m2)
         none = x.new_empty(0, dtype=dtype)
-        return data if rows else none, _transposed(data) if columns else none, scale
+        return data if rows else none, transposed(data) if columns else none, scale
     out = x.new_empty((R, C) if rows else 0, dtype=dtype)
-    transposed = x.new_empty((C, padded_rows(R)) if columns else 0, dtype=dtype)
+    turned = x.new_empty((C, padded_rows(R)) if columns else 0, dtype=dtype)
     scale = x.new_empty((), dtype=torch.float32)
     x = x.contiguous()
     with on_device(x):
-        quantize_tensor.cast(x, maxima, out if rows else None, transposed if columns else None, scale, e5m2)
-    return out, transposed, scale
+        quantize_tensor.cast(x, maxima, out if rows else None, turned if columns else None, scale, e5m2)
+    return out, turned, scale
 
 
 def _cast(x: torch.Tensor, maxima: torch.Tensor, e5m2: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +121,8 @@ def _exp2(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _transposed(data: torch.Tensor) -> torch.Tensor:
+def transposed(data: torch.Tensor) -> torch.Tensor:
+    """The bytes of [R, C] as the columns operand [C, Rp]."""
     R, C = data.shape
     out = torch.zeros(C, padded_rows(R), dtype=torch.uint8, device=data.device)
     out[:, :R] = data.view(torch.uint8).t()

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from xmoe.kernels import (
+    dequantize,
     grouped_gemm,
     grouped_gemm_hopper,
     permute,
@@ -43,7 +44,7 @@ from xmoe.kernels import (
     tuning,
 )
 from xmoe.kernels.dispatch import has_warp_specialized
-from xmoe.operands import FP8_BLOCK, TOKEN_TILE
+from xmoe.operands import FP8_BLOCK, MX_BLOCK, TOKEN_TILE
 
 SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes a block can have (CUDA C++ Programming Guide, table of technical specifications)."""
@@ -145,6 +146,15 @@ def quantizer_cases(sm: int) -> Iterator[Case]:
     yield Case("dequantize_straight", quantize_blocks.dequantize_straight,
                {"data_ptr": i8, "scale_ptr": u8, "out_ptr": "*bf16", "tiles_ptr": i32, "groups_ptr": i32},
                {"BLOCK_R": TOKEN_TILE, "BLOCK_C": 512, "HARDWARE": 2}, sm, 1, divisible=("C",))  # fmt: skip
+    vectors = r"ld\.global\S*\.v[24]\.b32", r"st\.global\S*\.v4\.b32"
+    blocks = {"rowwise": (1, dequantize.BLOCK_C), "blockwise": (FP8_BLOCK, FP8_BLOCK), "mx": (1, MX_BLOCK)}
+    for fmt, (lines, size) in blocks.items():
+        for out in ("*bf16", "*fp32"):
+            yield Case(f"dequantize[{fmt},{out[1:]}]", dequantize._dequantize,
+                       {"data_ptr": i8, "scale_ptr": u8 if fmt == "mx" else f32, "out_ptr": out},
+                       {"LINES": lines, "SIZE": size, "MX": fmt == "mx", "BLOCK_R": dequantize.BLOCK_R,
+                        "BLOCKS": dequantize.BLOCK_C // size, "HARDWARE": 2}, sm,
+                       instructions=vectors, divisible=("C",))  # fmt: skip
 
 
 def tensor_cases(sm: int) -> Iterator[Case]:

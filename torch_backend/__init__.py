@@ -1,5 +1,6 @@
 """xmoe for PyTorch: grouped GEMMs, linears, their weight wrappers and ``quantize_``, an MoE layer."""
 
+from xmoe.operands import QuantizedOperand
 from xmoe.torch_backend import flops as _flops  # noqa: F401
 from xmoe.torch_backend.auto_filter import auto_filter
 from xmoe.torch_backend.combine import combine, permute_tokens
@@ -15,6 +16,7 @@ from xmoe.torch_backend.linear import ScaledLinearTensor, scaled_linear
 from xmoe.torch_backend.linear_filter import filter_fqns
 from xmoe.torch_backend.moe import MoE
 from xmoe.torch_backend.monitor import Monitor, monitor
+from xmoe.torch_backend.operands import dequantize, quantize_activations, quantize_weights
 from xmoe.torch_backend.parameters import unquantize_
 from xmoe.torch_backend.quantize import quantize_
 from xmoe.torch_backend.summary import summary
@@ -28,6 +30,7 @@ grouped_mm = scaled_grouped_mm
 __all__ = [
     "MoE",
     "Monitor",
+    "QuantizedOperand",
     "ScaledGroupedMMTensor",
     "ScaledLinearTensor",
     "_to_fp8_rowwise_then_scaled_grouped_mm",
@@ -35,12 +38,15 @@ __all__ = [
     "auto_filter",
     "cache_weights",
     "combine",
+    "dequantize",
     "filter_fqns",
     "generate_jagged_offs",
     "grouped_mm",
     "monitor",
     "permute_tokens",
     "quantize_",
+    "quantize_activations",
+    "quantize_weights",
     "scaled_grouped_mm",
     "scaled_linear",
     "summary",

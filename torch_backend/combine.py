@@ -12,7 +12,8 @@ from torch import Tensor
 
 from xmoe.kernels import emulation, pipeline
 from xmoe.kernels.call import on_device
-from xmoe.torch_backend.ops import LIBRARY, direct, unseen
+from xmoe.torch_backend.calls import direct, unseen
+from xmoe.torch_backend.ops import LIBRARY
 
 if pipeline.HAS_TRITON:
     from xmoe.kernels import permute

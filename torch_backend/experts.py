@@ -4,7 +4,7 @@ M = rows, D = model width, H = hidden width of an expert, G = experts, T = token
 stages do, and what they save beside three grouped GEMMs, is in `xmoe.kernels.experts`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from xmoe.config import GroupedMMConfig, as_config, config_from_key
 from xmoe.kernels import experts, pipeline
-from xmoe.operands import FEATURE_MULTIPLE, SCALE_BLOCKS
+from xmoe.operands import FEATURE_MULTIPLE, SCALE_BLOCKS, QuantizedOperand
+from xmoe.torch_backend.calls import differentiable_once, direct, unseen
 from xmoe.torch_backend.checks import refuse_transforms
-from xmoe.torch_backend.combine import permute_tokens
+from xmoe.torch_backend.combine import check_order, permute_tokens
 from xmoe.torch_backend.experts_ops import (
     GRADIENT,
     SAVED,
@@ -32,24 +33,16 @@ from xmoe.torch_backend.experts_ops import (
     swiglu_experts_wgrad,
 )
 from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key
-from xmoe.torch_backend.ops import (
-    DTYPES,
-    LIBRARY,
-    backward,
-    differentiable_once,
-    direct,
-    fake_implementation,
-    pack,
-    unseen,
-)
+from xmoe.torch_backend.operands import Operand, grouped_mm_of_operands
+from xmoe.torch_backend.ops import DTYPES, LIBRARY, backward, fake_implementation, pack
 from xmoe.torch_backend.weight_cache import cached
 
 
 def swiglu_experts(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
+    x: Tensor | Operand,
+    w1: Tensor | Operand,
+    w2: Tensor | Operand,
+    w3: Tensor | Operand,
     offs: Tensor,
     config: GroupedMMConfig | StrEnum | str | None = None,
     order: Tensor | None = None,
@@ -64,6 +57,10 @@ def swiglu_experts(
 
     With ``order`` the tokens come as the router saw them, and are quantized through the permutation: no sorted copy of
     them is made. The result is sorted by expert either way; `combine` takes it back.
+
+    Any of x and the weights may be a `QuantizedOperand`: it gets no gradient, and the whole is three
+    `scaled_grouped_mm`. Of x (`quantize_activations`) in the layouts of its tensor; weights are those of
+    ``quantize_weights(w.mT, config)``, data in the shape of w.
 
     Args:
         x: bf16 or fp32 [M, D], sorted: expert g owns the rows ``offs[g-1]:offs[g]``; with ``order`` [T, D].
@@ -83,8 +80,12 @@ def swiglu_experts(
             preference.
     """
     for name, tensor in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("offs", offs), ("order", order)):
+        if isinstance(tensor, QuantizedOperand) and name in ("x", "w1", "w2", "w3"):
+            continue
         if not isinstance(tensor, Tensor) and not (name == "order" and tensor is None):
             raise ValueError(f"{name} is {'None' if tensor is None else type(tensor).__name__}; give a torch.Tensor")
+    if not (isinstance(x, Tensor) and isinstance(w1, Tensor) and isinstance(w2, Tensor) and isinstance(w3, Tensor)):
+        return _of_operands(x, w1, w2, w3, offs, as_config(config), order)
     return swiglu_experts_by_key(x, w1, w2, w3, offs, as_config(config).to_key(), order)
 
 
@@ -95,8 +96,7 @@ def swiglu_experts_by_key(
     if w1.ndim == 3 and not fuses(config_key, w1.shape[1], w1.shape[2]):
         check(*arguments(x, w1, w2, w3, offs, order), multiple=1)
         x = x if order is None else permute_tokens(x, order)
-        h = F.silu(grouped_mm_by_key(x, w1.mT, offs, config_key)) * grouped_mm_by_key(x, w3.mT, offs, config_key)
-        return grouped_mm_by_key(h, w2.mT, offs, config_key)
+        return _three(x, w1, w2, w3, lambda a, w: grouped_mm_by_key(a, w.mT, offs, config_key))
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, w2, w3))
     prepared = cached(lambda: _prepare(x, w1, w2, w3, offs, config_key), (config_key, x.dtype), w1, w2, w3) or ()
     op = torch.ops.xmoe.swiglu_experts_forward.default
@@ -105,6 +105,36 @@ def swiglu_experts_by_key(
     else:
         refuse_transforms(x, w1, w2, w3)
     return op(x, w1, w2, w3, offs, config_key, save, order, *prepared)[0]
+
+
+def _three(x: Any, w1: Any, w2: Any, w3: Any, multiply: Callable[[Any, Any], Tensor]) -> Tensor:
+    """`swiglu_experts` of sorted x, by three calls of `multiply` with rows and a weight."""
+    return multiply(F.silu(multiply(x, w1)) * multiply(x, w3), w2)
+
+
+def _of_operands(
+    x: Tensor | Operand,
+    w1: Tensor | Operand,
+    w2: Tensor | Operand,
+    w3: Tensor | Operand,
+    offs: Tensor,
+    config: GroupedMMConfig,
+    order: Tensor | None,
+) -> Tensor:
+    """`swiglu_experts` where some come quantized."""
+    if order is not None:
+        x = permute_tokens(x, order) if isinstance(x, Tensor) else _permuted(x, order)
+    return _three(
+        x, w1, w2, w3, lambda a, w: grouped_mm_of_operands(a, w.mT if isinstance(w, Tensor) else w, offs, config)
+    )
+
+
+def _permuted(x: Operand, order: Tensor) -> Operand:
+    """The rows of x in the ``order`` of their slots; as bytes, which indexing takes."""
+    M, T = order.shape[0], x.data.shape[0]
+    check_order(T, order.shape, order.dtype)
+    tokens = (order // max(M // max(T, 1), 1)).clamp(0, max(T - 1, 0))
+    return x.map(lambda part: (part.view(torch.uint8) if part.element_size() == 1 else part)[tokens].view(part.dtype))
 
 
 def _prepare(

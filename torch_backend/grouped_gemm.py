@@ -18,38 +18,49 @@ from xmoe.config import (
     config_from_key,
 )
 from xmoe.kernels import pipeline
-from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.operands import FEATURE_MULTIPLE, QuantizedOperand
 from xmoe.torch_backend import ops
+from xmoe.torch_backend.calls import unseen
 from xmoe.torch_backend.checks import refuse_transforms
+from xmoe.torch_backend.operands import Operand, grouped_mm_of_operands
 from xmoe.torch_backend.weight_cache import cached
 
 
 def scaled_grouped_mm(
-    A: Tensor, B_t: Tensor, offs: Tensor, config: GroupedMMConfig | StrEnum | str | None = None
+    A: Tensor | Operand,
+    B_t: Tensor | Operand,
+    offs: Tensor,
+    config: GroupedMMConfig | StrEnum | str | None = None,
 ) -> Tensor:
     """out[M, N] = A_g @ B_t[g] for the rows of each group g, and its gradients, in the precision of `config`.
 
     Without a config that is bfloat16: fp32 inputs are rounded to bf16 before every GEMM.
 
     Args:
-        A: bf16 or fp32 [M, K]. Group g owns the rows ``offs[g-1]:offs[g]``.
+        A: bf16 or fp32 [M, K]. Group g owns the rows ``offs[g-1]:offs[g]``. Or a `QuantizedOperand` of [M, K]
+            (`quantize_activations`): the forward multiplies its bytes. It gets no gradient; for that of B_t its values,
+            in bf16, are quantized along the tokens.
         B_t: bf16 or fp32 [G, K, N], any strides; for weights stored [G, N, K] give ``weight.transpose(-2, -1)``. K and
-            N that are not multiples of 16 cost a zero-padded copy of A, of B_t and of the output.
+            N that are not multiples of 16 cost a zero-padded copy of A, of B_t and of the output. Or a
+            `QuantizedOperand` of [G, N, K] (`quantize_weights`), which gets no gradient; for that of A its values, in
+            bf16, are quantized along N in the backward.
         offs: int32 [G], the end row of each group. Groups may be empty and need no alignment; rows past the last one
             come out as zeros. Offsets stay on the device: bad ones raise under ``config.debug`` only.
         config: what to quantize: a config, or a recipe (enum member or name); None is the bf16 baseline.
 
     Returns:
-        [M, N] in ``config.out_dtype``, or in the dtype of A.
+        [M, N] in ``config.out_dtype``, or in the dtype of A; bf16 where that is quantized.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; no tensor where one is needed; a config that the device
             cannot run under its kernel preference.
     """
     for name, x in (("A", A), ("B_t", B_t), ("offs", offs)):
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and not (isinstance(x, QuantizedOperand) and name != "offs"):
             form = ": int32 [G], the end row of each group" if name == "offs" else ""
             raise ValueError(f"{name} is {'None' if x is None else type(x).__name__}; give a torch.Tensor{form}")
+    if isinstance(A, QuantizedOperand) or isinstance(B_t, QuantizedOperand):
+        return grouped_mm_of_operands(A, B_t, offs, as_config(config))
     return grouped_mm_by_key(A, B_t, offs, as_config(config).to_key())
 
 
@@ -59,7 +70,7 @@ def grouped_mm_by_key(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> 
         return _padded(A, B_t, offs, config_key)
     save_tokens = B_t.requires_grad and torch.is_grad_enabled()
     prepared = cached(lambda: prepare(A, B_t, offs, config_key), (config_key, A.dtype), B_t) or ()
-    if ops.unseen(A, B_t, offs):
+    if unseen(A, B_t, offs):
         return ops.unseen_grouped_mm(A, B_t, offs, config_key, save_tokens, *prepared)
     refuse_transforms(A, B_t)
     return torch.ops.xmoe.grouped_mm_forward.default(A, B_t, offs, config_key, save_tokens, *prepared)[0]
@@ -92,8 +103,8 @@ def prepare(A: Tensor, B_t: Tensor, offs: Tensor, config_key: str) -> tuple[list
 
 
 def to_fp8_rowwise_then_scaled_grouped_mm(
-    A: Tensor,
-    B_t: Tensor,
+    A: Tensor | Operand,
+    B_t: Tensor | Operand,
     offs: Tensor,
     out_dtype: torch.dtype | None = None,
     *,
@@ -108,8 +119,8 @@ def to_fp8_rowwise_then_scaled_grouped_mm(
 
 
 def to_mxfp8_then_scaled_grouped_mm(
-    A: Tensor,
-    B_t: Tensor,
+    A: Tensor | Operand,
+    B_t: Tensor | Operand,
     offs: Tensor,
     out_dtype: torch.dtype | None = None,
     kernel_preference: KernelPreference | str = KernelPreference.AUTO,

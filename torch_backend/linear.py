@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from xmoe.config import LINEAR_RECIPES, LinearConfig
-from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.operands import FEATURE_MULTIPLE, QuantizedOperand
+from xmoe.torch_backend.calls import unseen
 from xmoe.torch_backend.checks import refuse_transforms
+from xmoe.torch_backend.linear_operands import linear_of_operands
 from xmoe.torch_backend.linear_ops import scheme, unseen_linear
 from xmoe.torch_backend.observe import observed_linear, observers
-from xmoe.torch_backend.ops import unseen
+from xmoe.torch_backend.operands import Operand
 from xmoe.torch_backend.weight_cache import cached
 from xmoe.torch_backend.wrapper import WrappedWeight, config_key, follow_autocast, unwrap
 
@@ -24,18 +26,22 @@ _linear_op = torch.ops.xmoe.linear.default
 
 
 def scaled_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, config: LinearConfig | StrEnum | str = "rowwise"
+    input: Tensor | Operand,
+    weight: Tensor | Operand,
+    bias: Tensor | None = None,
+    config: LinearConfig | StrEnum | str = "rowwise",
 ) -> Tensor:
     """``torch.nn.functional.linear``, and its gradients, in the precision of `config`.
 
     Args:
-        input: bf16, fp16 or fp32 [..., K]. fp16 is computed in fp32.
-        weight: bf16, fp16 or fp32 [N, K].
+        input: bf16, fp16 or fp32 [..., K]. fp16 is computed in fp32. Or a `QuantizedOperand` along K
+            (`quantize_activations`), which gets no gradient.
+        weight: bf16, fp16 or fp32 [N, K], or a `QuantizedOperand` (`quantize_weights`), which gets no gradient.
         bias: [N], added in its own precision.
         config: a config, or a recipe (enum member or name).
 
     Returns:
-        [..., N] in the dtype of the input.
+        [..., N] in the dtype of the input; bf16 where that is quantized.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; K or N not a multiple of 16, unless the config pads; a
@@ -46,6 +52,8 @@ def scaled_linear(
             known = ", ".join(LINEAR_RECIPES)
             raise ValueError(f"config={config!r} is not a config; give a LinearConfig or one of {known}")
         config = LinearConfig.from_recipe(config)
+    if isinstance(input, QuantizedOperand) or isinstance(weight, QuantizedOperand):
+        return linear_of_operands(input, weight, bias, config)
     return linear_by_key(input, weight, bias, config.to_key())
 
 

@@ -18,9 +18,10 @@ from xmoe.config import Accumulation, Element, Float8LinearConfig, Gemm, LinearC
 from xmoe.kernels import tensorwise
 from xmoe.operands import FEATURE_MULTIPLE
 from xmoe.torch_backend import ops
+from xmoe.torch_backend.calls import differentiable_once, direct, unseen
 from xmoe.torch_backend.checks import DTYPES
 from xmoe.torch_backend.grouped_gemm import prepare
-from xmoe.torch_backend.ops import LIBRARY, differentiable_once, direct, unseen
+from xmoe.torch_backend.ops import LIBRARY
 
 LIBRARY.define(
     "linear(Tensor x, Tensor weight, str config_key, Tensor[]? prepared=None, Tensor[]? prepared_dgrad=None) -> Tensor",
@@ -143,7 +144,7 @@ class Scheme(Protocol):
         ...
 
 
-class _Grouped:
+class Grouped:
     """As grouped GEMMs of one group, whose weights are the linear's, transposed: [1, K, N]."""
 
     def __init__(self, config: LinearConfig) -> None:
@@ -185,7 +186,7 @@ class _Grouped:
         return prepare(x, _as_group(weight), one_group(x), self.keys[0])
 
 
-class _Tensorwise:
+class Tensorwise:
     """One scale for each operand; GEMMs by ``torch._scaled_mm``, or emulated."""
 
     def __init__(self, config: Float8LinearConfig) -> None:
@@ -196,16 +197,24 @@ class _Tensorwise:
         self.hp_key = None if hp is None else hp.to_key()
         """Of the weight gradient's GEMM, if that is in bf16."""
 
-    def forward(self, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, prepared: Prepared) -> Forward:
+    def forward(
+        self, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, prepared: Prepared, given: Prepared = None
+    ) -> Forward:
+        """`given`: x quantized along K, and then its values only count for a weight gradient in bf16."""
         emulated, columns = self._emulated(x.device), need_dw and self.hp_key is None
         if x.shape[0] == 0:
             return Forward(x.new_zeros(0, weight.shape[0]), (x, x)[: self._saves(need_dw)])
-        x, weight = x.contiguous(), weight.contiguous()
-        a, a_columns, a_scale = _cast(x, _maxima(x), False, True, columns, emulated)
+        if given:
+            a, a_scale = given[0].contiguous(), given[1]
+            a_columns = tensorwise.transposed(a) if columns else a
+        else:
+            x = x.contiguous()
+            a, a_columns, a_scale = _cast(x, _maxima(x), False, True, columns, emulated)
         maxima = None
         if prepared:
             b, b_scale = prepared
         else:
+            weight = weight.contiguous()
             maxima = _maxima(weight)
             b, _, b_scale = _cast(weight, maxima, False, True, False, emulated)
         out = tensorwise.scaled_mm(a, a_scale, b, b_scale, x.dtype, fast=self.fast[0], emulated=emulated)
@@ -295,8 +304,8 @@ def scheme(config_key: str) -> Scheme:
     """Of the config with this key."""
     config = config_from_key(config_key)
     if isinstance(config, Float8LinearConfig) and config.format == "fp8_tensorwise":
-        return _Tensorwise(config)
-    return _Grouped(config)
+        return Tensorwise(config)
+    return Grouped(config)
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd

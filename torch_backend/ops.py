@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
-from torch.autograd import forward_ad
 
 from xmoe.config import GroupedMMConfig, KernelPreference, config_from_key
-from xmoe.kernels import pipeline
+from xmoe.kernels import operands, pipeline
 from xmoe.kernels.dispatch import Device, Implementation, select
+from xmoe.operands import QuantizedOperand
+from xmoe.torch_backend.calls import direct
 from xmoe.torch_backend.checks import DTYPES, check_offsets, check_signature
 
 _TMA_BYTES = 16
@@ -30,7 +31,8 @@ Specs = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 LIBRARY = torch.library.Library("xmoe", "FRAGMENT")  # its registrations live as long as it does
 LIBRARY.define(
     "grouped_mm_forward(Tensor A, Tensor B, Tensor offs, str config_key, bool save_tokens, Tensor[]? prepared=None, "
-    "Tensor[]? prepared_dgrad=None, bool save_amax=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor[]? prepared_dgrad=None, bool save_amax=False, Tensor[]? a_operand=None, Tensor[]? b_operand=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
@@ -66,59 +68,6 @@ def arena(layout: pipeline.Layout | None, device: torch.device) -> pipeline.Tens
     return {} if layout is None else pipeline.Arena(layout, device)
 
 
-# ---------------------------------------------------------------------------------------------------------- dispatch
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def unseen(*tensors: Tensor) -> bool:
-    """Whether a call of an op on `tensors` is seen by nobody but its implementation: no compiler, mode (tracing,
-    selective checkpointing), transform, tensor subclass or tensor without data. It may then be made without the
-    dispatcher, which takes 6 us to get from Python to Python."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    for x in tensors:  # noqa: SIM110 (a generator takes longer)
-        if type(x) not in _PLAIN or x.is_meta:
-            return False
-    return True
-
-
-def direct(op: Callable[..., Any], implementation: Callable[..., Any], *args: Any) -> Any:
-    """``op(*args)``, inside an autograd function: the call of its `implementation` where it is `unseen` and nobody asks
-    for the derivative of a derivative."""
-    plain = not torch.is_grad_enabled() and unseen(*[x for x in args if isinstance(x, Tensor)])
-    return implementation(*args) if plain else op(*args)
-
-
-class _NoDerivative(torch.autograd.Function):
-    """Lets a gradient through that cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(f"the gradients of {ctx.name} have no derivative; drop create_graph=True")
-
-
-def differentiable_once(name: str, gradients: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
-    """The `gradients` of the op called `name`, inside its autograd function; with a graph, where one is asked for, that
-    raises NotImplementedError when it is used."""
-    if not torch.is_grad_enabled():
-        return gradients()
-    with torch.no_grad():
-        found = gradients()
-    return tuple(None if x is None else _NoDerivative.apply(x.detach().requires_grad_(), name) for x in found)
-
-
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
@@ -135,12 +84,14 @@ def _forward_plan(
     save_tokens: bool,
     prepared: bool,
     save_amax: bool,
+    a_operand: bool,
 ) -> _Plan:
     check_signature(A_shape, A_dtype, B_shape, B_dtype, offs_shape, offs_dtype, devices)
     config = config_from_key(key)
     problem = _problem(A_shape[0], B_shape, A_dtype, B_dtype, _out_dtype(config, A_dtype))
     view = pipeline.device_of(devices[0].type, devices[0].index)
-    spec = pipeline.forward_spec(problem, config, view, save_tokens, prepared, save_amax)
+    rows = a_operand and operands.takes_rows(config, view)
+    spec = pipeline.forward_spec(problem, config, view, save_tokens, prepared, save_amax, rows)
     return _Plan(problem, config, view, as_torch(spec.outputs), layout(spec))
 
 
@@ -166,6 +117,8 @@ def grouped_mm_forward(
     prepared: Sequence[Tensor] | None = None,
     prepared_dgrad: Sequence[Tensor] | None = None,
     save_amax: bool = False,
+    a_operand: Sequence[Tensor] | None = None,
+    b_operand: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(out [M, N], a_tokens, a_tokens_scale, b_amax)`` (``pipeline.forward_outputs``); empty [0] those that were not
     made.
@@ -179,17 +132,36 @@ def grouped_mm_forward(
         prepared, prepared_dgrad: B quantized along K and along N (`pack`), or nothing. The second is for autograd.
         save_amax: also find the maxima that quantizing B along N needs, if they come at no cost: not of a B that is
             prepared or has N contiguous. Autograd asks for them where A needs a gradient.
+        a_operand, b_operand: data and scale of operands along K that come quantized, or nothing. Of A and B only the
+            shapes and dtypes count then, and A's values for `save_tokens`.
     """
     plan = _forward_plan(
         A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, (A.device, B.device, offs.device), config_key,
-        save_tokens, bool(prepared), save_amax and k_is_contiguous(B),
+        save_tokens, bool(prepared or b_operand), save_amax and k_is_contiguous(B), bool(a_operand),
     )  # fmt: skip
     if plan.config.debug:
         check_offsets(offs, A.shape[0])
     outputs, scratch = allocate(plan.outputs, A.device), arena(plan.scratch, A.device)
-    A, b, offs = aligned(A.contiguous()), unpack(prepared) if prepared else aligned(B), offs.contiguous()
-    pipeline.forward(plan.problem, plan.config, plan.view, A, b, offs, outputs, scratch)
+    rows = None
+    if a_operand:
+        A, rows = _operand_rows(plan, A, a_operand)
+    if b_operand:
+        b = operands.as_weights(
+            QuantizedOperand(b_operand[0], b_operand[1], "K", plan.config.format), plan.config, plan.view
+        )
+    else:
+        b = unpack(prepared) if prepared else aligned(B)
+    A = A if rows is not None and not save_tokens else aligned(A.contiguous())
+    pipeline.forward(plan.problem, plan.config, plan.view, A, b, offs.contiguous(), outputs, scratch, rows)
     return _returned(outputs, A)
+
+
+def _operand_rows(plan: _Plan, A: Tensor, a_operand: Sequence[Tensor]) -> tuple[Tensor, pipeline.Prepared | None]:
+    """A and its rows; where the implementation takes none, A's values."""
+    operand = QuantizedOperand(a_operand[0], a_operand[1], "K", plan.config.format)
+    if operands.takes_rows(plan.config, plan.view):
+        return A, operands.as_rows(operand, plan.config, plan.view)
+    return operands.dequantize(operand, A.dtype), None
 
 
 _RETURNED = ("out", "a_tokens", "a_tokens_scale", "b_amax")
@@ -251,13 +223,15 @@ def _(
     prepared: Sequence[Tensor] | None = None,
     prepared_dgrad: Sequence[Tensor] | None = None,
     save_amax: bool = False,
+    a_operand: Sequence[Tensor] | None = None,
+    b_operand: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     devices = (A.device, B.device, offs.device)
     check_signature(A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, devices)
     config = config_from_key(config_key)
     problem = _problem(A.shape[0], B.shape, A.dtype, B.dtype, _out_dtype(config, A.dtype))
     implementation = fake_implementation(config, A.device)
-    save_amax = save_amax and not prepared and k_is_contiguous(B)
+    save_amax = save_amax and not (prepared or b_operand) and k_is_contiguous(B)
     specs = pipeline.forward_outputs(problem, config, implementation, save_tokens, save_amax)
     return _returned(allocate(as_torch(specs), A.device), A)
 
@@ -434,11 +408,14 @@ def grouped_mm_with_autograd(
     prepared: Sequence[Tensor] | None = None,
     prepared_dgrad: Sequence[Tensor] | None = None,
     save_amax: bool = False,
+    a_operand: Sequence[Tensor] | None = None,
+    b_operand: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
+        assert not [*(a_operand or ()), *(b_operand or ())], "quantized operands have an autograd function of their own"
         return _GroupedMM.apply(A, B, offs, config_key, save_tokens, prepared, prepared_dgrad)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(A, B, offs, config_key, save_tokens, prepared, None, save_amax)
+        return _forward_op(A, B, offs, config_key, save_tokens, prepared, None, save_amax, a_operand, b_operand)
 
 
 class _UnseenGroupedMM(_GroupedMM):
