@@ -28,7 +28,7 @@ M, K, N, G = 300, 160, 144, 5
 QUANTIZING = [recipe for recipe in RECIPES if recipe != "bf16"]
 FORMATS = ["fp8_rowwise", "fp8_blockwise", "mxfp8_rceil", "mxfp8_floor"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*TensorFloat32")
+pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{part}") for part in ("TensorFloat32", "script_method")]  # inductor
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
