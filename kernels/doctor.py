@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import xmoe
-from xmoe.config import RECIPES, KernelPreference, config_from_recipe
-from xmoe.kernels import pipeline, tuning
+from xmoe.config import LINEAR_RECIPES, RECIPES, Gemm, KernelPreference, LinearConfig, config_from_recipe
+from xmoe.kernels import pipeline, tensorwise, tuning
 from xmoe.kernels.dispatch import Device, UnsupportedError, select
 
 PACKAGES = ("torch", "triton", "jax", "flax", "numpy", "ml_dtypes", "torchao")
@@ -78,6 +78,22 @@ def table(device: Device) -> list[dict[str, Any]]:
     return rows
 
 
+def linear_table(device: Device) -> list[dict[str, Any]]:
+    """One row a recipe of linears: what its forward gets."""
+    rows = []
+    for recipe in LINEAR_RECIPES:
+        config = LinearConfig.from_recipe(recipe)
+        grouped = config.grouped(Gemm.OUTPUT)
+        if grouped is not None:
+            chosen = select(grouped, device)
+            rows.append({"recipe": recipe, "name": chosen.name, "reason": chosen.reason})
+        elif tensorwise.is_emulated(config.kernel_preference, device):
+            rows.append({"recipe": recipe, "name": "emulated", "reason": "no fp8 tensor cores"})
+        else:
+            rows.append({"recipe": recipe, "name": "torch-tensorwise", "reason": "Triton's casts, torch._scaled_mm"})
+    return rows
+
+
 def report() -> dict[str, Any]:
     """Everything that `xmoe doctor` prints, as plain data."""
     gpus, device = [], pipeline.device_of("cpu")
@@ -110,6 +126,7 @@ def report() -> dict[str, Any]:
         "jax_finds": jax_finds,
         "device": str(device),
         "recipes": table(device),
+        "linears": linear_table(device),
         "advice": advice,
     }
 
@@ -134,6 +151,9 @@ def run(json: bool = False) -> int:
         print(f"{row['recipe']:<28}{row['name']:<20}{row['reason']}")
         if row["advice"]:
             seen.setdefault(row["advice"], []).append(row["recipe"])
+    print(f"\n{'recipe of linears':<28}{'runs as':<20}why")
+    for row in facts["linears"]:
+        print(f"{row['recipe']:<28}{row['name']:<20}{row['reason']}")
     for text in facts["advice"]:
         print(f"\n- {text}", end="")
     for text, recipes in seen.items():

@@ -32,6 +32,22 @@ for name, value in {"y": y, "x.grad": x.grad, **{n: p.grad for n, p in model.nam
     if value is None or not torch.isfinite(value).all() or not value.any():
         raise SystemExit(f"{name} is missing, zero or not finite: {value}")
 """
+LINEARS_AND_OPERANDS = """
+import torch
+from xmoe.torch_backend import grouped_mm, quantize_, quantize_weights, summary
+
+model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 32)).bfloat16()
+quantize_(model, "tensorwise")
+if "2.weight" not in summary(model):
+    raise SystemExit(f"summary does not name the linears: {summary(model)}")
+model(torch.randn(16, 64, dtype=torch.bfloat16)).sum().backward()
+x, w = torch.randn(16, 64, requires_grad=True), torch.randn(2, 64, 32)
+offs = torch.tensor([5, 16], dtype=torch.int32)
+grouped_mm(x, quantize_weights(w, "mxfp8_rceil"), offs, "mxfp8_rceil").sum().backward()
+for name, value in {"x.grad": x.grad, "weight.grad": model[2].weight.grad}.items():
+    if value is None or not torch.isfinite(value).all() or not value.any():
+        raise SystemExit(f"{name} is missing, zero or not finite: {value}")
+"""
 IMPORT_IS_LIGHT = """
 import sys, xmoe
 loaded = sorted({"torch", "triton", "jax", "flax"} & set(sys.modules))
@@ -126,6 +142,7 @@ def smoke(folder: Path) -> None:
     for what, code in (
         ("import xmoe loads neither torch nor jax", IMPORT_IS_LIGHT),
         ("one training step of a quantized MoE", TRAIN_ONE_STEP),
+        ("linears, the table of what was converted, a quantized operand", LINEARS_AND_OPERANDS),
         ("the JAX frontend names its extra", JAX_IS_MISSING),
     ):
         run([python, "-W", "error", "-c", code], elsewhere)

@@ -52,6 +52,7 @@ class _Weight(NamedTuple):
 
 _Matched = list[tuple[_Weight, GemmConfig]]
 _WRAPPERS: tuple[type[WrappedWeight], ...] = (ScaledGroupedMMTensor, ScaledLinearTensor)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CALLED = {ScaledGroupedMMTensor: "expert parameter", ScaledLinearTensor: "linear"}
 
 
@@ -84,9 +85,10 @@ def quantize_(
 
     Raises:
         ValueError: nothing matches (the message lists what could), a key matches only weights of the other kind, a
-            tied parameter gets two configs, a linear is tied to a module of another kind, or `config` is of the wrong
-            type. Also where a linear's sizes are no multiples of 16 and its config does not pad; but one that neither
-            `filter_fn` nor a key named is then left alone, with a warning in the log. Experts are padded.
+            tied parameter gets two configs, a linear is tied to a module of another kind, a parameter is neither bf16,
+            fp16 nor fp32, or `config` is of the wrong type. Also where a linear's sizes are no multiples of 16 and its
+            config does not pad; but one that neither `filter_fn` nor a key named is then left alone, with a warning in
+            the log. Experts are padded.
     """
     if not isinstance(config, GemmConfig | FqnToConfig | str):
         known = ", ".join((*RECIPES, *LINEAR_RECIPES))
@@ -125,6 +127,11 @@ def quantize_(
             continue
         if weight.strangers:
             raise ValueError(_tied(weight))
+        if weight.parameter.dtype not in _DTYPES:
+            raise ValueError(
+                f"{named[0].fqn} is {weight.parameter.dtype}; cast the model with model.to(torch.bfloat16), or leave "
+                "the parameter out with filter_fn or FqnToConfig"
+            )
         misfit = _misfit(weight, chosen) if isinstance(chosen, LinearConfig) else ""
         if not misfit:
             matched.append((weight, chosen))

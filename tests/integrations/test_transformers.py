@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -329,6 +330,56 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert again.config._experts_implementation == "grouped_mm"
     quantize_(again, "fp8_rowwise", verbose=False)
     assert torch.equal(loss_and_gradients(model)[0], loss_and_gradients(again)[0])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    """DCP of a converted model holds what that of a plain one holds; each loads the other's."""
+    model, plain = build("qwen3_moe"), build("qwen3_moe")
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(1)
+    quantize_(model, "fp8_rowwise", verbose=False)
+    states = {"converted": model.state_dict(), "plain": plain.state_dict()}
+    for name, state in states.items():
+        dcp.save(state, checkpoint_id=tmp_path / name, no_dist=True)
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in states.items()}
+    for name, other in (("converted", "plain"), ("plain", "converted")):
+        dcp.load(states[name], checkpoint_id=tmp_path / other, no_dist=True)
+    model.load_state_dict(states["converted"])
+    plain.load_state_dict(states["plain"])
+    assert converted(model)
+    for loaded, saved in ((model, "plain"), (plain, "converted")):
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, before[saved][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["grouped_mm", "xmoe"])
+def test_cuda_graph(implementation: str) -> None:
+    """A step of converted experts, captured: nothing waits for the host, and replays have the bits of eager steps."""
+    module = experts_of(torch.bfloat16, implementation=implementation).cuda()
+    batches = [[x.cuda() for x in routed(torch.bfloat16)] for _ in range(3)]
+    x, experts, scores = (value.clone() for value in batches[0])
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        out = module(x, experts, scores)
+        return out.detach(), *torch.autograd.grad(out.sin().sum(), (module.gate_up_proj, module.down_proj))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    for batch in batches:
+        for static, value in zip((x, experts, scores), batch, strict=True):
+            static.copy_(value)
+        graph.replay()
+        for replayed, eager in zip(captured, step(), strict=True):
+            assert torch.equal(replayed, eager)
 
 
 def test_pickled_models_run_elsewhere(tmp_path: Path) -> None:

@@ -222,3 +222,14 @@ def test_meta_model() -> None:
     assert len(configs(model)) == 3
     y, _ = model(torch.randn(5, 32))
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_that_nothing_multiplies(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({"experts": nn.ParameterDict({"w1": torch.zeros(2, 16, 16)})})
+    model["experts"]["w1"] = nn.Parameter(torch.zeros(2, 16, 16).to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"experts\.w1 is {dtype}; cast the model with model\.to\(torch\.bfloat16\)"):
+        quantize_(model, "fp8_rowwise")
+    assert type(model["experts"]["w1"]) is nn.Parameter
+    with pytest.raises(ValueError, match=r"filter_fn matches none"):
+        quantize_(model, "fp8_rowwise", lambda module, fqn: False)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import xmoe
-from xmoe.config import RECIPES
+from xmoe.config import LINEAR_RECIPES, RECIPES
 from xmoe.kernels import doctor
 from xmoe.kernels.dispatch import Device
 
@@ -21,6 +21,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["xmoe"] == xmoe.__version__
     assert [row["recipe"] for row in facts["recipes"]] == list(RECIPES)
+    assert [row["recipe"] for row in facts["linears"]] == list(LINEAR_RECIPES)
     assert facts["jax_finds"].endswith(("(cpu)", "(gpu)"))
     monkeypatch.setattr(doctor, "report", lambda: facts)
     doctor.run()
@@ -63,3 +64,11 @@ def test_no_advice_to_take_auto_where_auto_is_emulated(device: Device) -> None:
     for row in doctor.table(device):
         assert row["by_preference"]["auto"] == "emulated"
         assert "kernel_preference=auto" not in row["advice"]
+
+
+def test_linears() -> None:
+    """On a Hopper GPU with Triton: rowwise by the grouped GEMM's kernels, tensorwise by cuBLAS."""
+    names = {row["recipe"]: row["name"] for row in doctor.linear_table(Device("cuda", (9, 0)))}
+    assert (names["rowwise"], names["tensorwise"]) == ("triton-fp8", "torch-tensorwise")
+    assert names["mxfp8_emulated"] == "emulated"
+    assert {row["name"] for row in doctor.linear_table(Device("cpu"))} == {"emulated"}
