@@ -24,11 +24,12 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-LINE = re.compile(r"(validate )?step: *(\d+) .*?loss: *([\d.]+)")
+LINE = re.compile(r"(validate )?step: *(\d+) .*?loss: *(nan|inf|[\d.]+)")
 OVERRIDE = "xmoe.torch_backend.titan.overrides"
 IMPORTS = ("job.custom_config_module", "experimental.custom_import")
 ONE = "--one"
@@ -101,6 +102,10 @@ def conversion(recipes: list[str]) -> list[str]:
     from xmoe.config import LINEAR_RECIPES
 
     kinds = {"linear" if recipe in LINEAR_RECIPES else "grouped_mm": recipe for recipe in recipes}
+    if len(kinds) < len(recipes):
+        raise SystemExit(
+            f"--recipes: {'+'.join(recipes)} names two of one kind; give one of the experts, one of linears"
+        )
     if uses_converters():
         names = {f"quantize.{kind}.xmoe": recipe for kind, recipe in kinds.items()}
         imports = [f"--{option}=xmoe.torch_backend.titan" for option in IMPORTS]
@@ -161,12 +166,9 @@ Losses = dict[int, float]
 """In nats per byte, by step."""
 
 
-def losses(options: argparse.Namespace, command: list[str], cwd: Path) -> tuple[Losses, Losses]:
+def losses(options: argparse.Namespace, command: list[str], cwd: Path, port: int) -> tuple[Losses, Losses]:
     """Of a torchtitan run, in training and on held-out text. Raises RuntimeError with the end of its log where it
     fails."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     environment = {**os.environ, **single, "HF_HUB_OFFLINE": "1"}
     one = [sys.executable, __file__, ONE, options.model, str(options.layers)]
@@ -176,6 +178,15 @@ def losses(options: argparse.Namespace, command: list[str], cwd: Path) -> tuple[
         raise RuntimeError(f"torchtitan failed:\n{log[-3000:]}")
     found = [(kind, int(step), float(loss)) for kind, step, loss in LINE.findall(log)]
     return {n: loss for kind, n, loss in found if not kind}, {n: loss for kind, n, loss in found if kind}
+
+
+def free_ports(count: int) -> list[int]:
+    """So many, no two of them the same."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def main() -> None:
@@ -204,8 +215,15 @@ def main() -> None:
         assets = Path(folder)
         sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         write_assets(assets, "\n\n".join(path.read_text(errors="replace") for path in sources))
-        commands = [[*arguments(options, recipe, seed, assets), *rest] for seed, recipe in runs]
-        results = list(pool.map(lambda command: losses(options, command, assets), commands))
+        commands = [([*arguments(options, recipe, seed, assets), *rest], assets) for seed, recipe in runs]
+        started = [
+            pool.submit(losses, options, *c, port) for c, port in zip(commands, free_ports(len(runs)), strict=True)
+        ]
+        try:
+            results = [run.result() for run in started]
+        except RuntimeError:
+            pool.shutdown(cancel_futures=True)
+            raise
     if options.json:
         keys = ("seed", "recipe", "losses", "heldout")
         options.json.write_text(

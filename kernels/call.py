@@ -69,18 +69,24 @@ class Call:
         return scale.mT if self.implementation.warp_specialized and scale is not None else scale
 
     def rows(
-        self, name: str, x: torch.Tensor, dh: torch.Tensor | None = None, kept: torch.Tensor | None = None
+        self,
+        name: str,
+        x: torch.Tensor,
+        dh: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
+        *,
+        exact: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The operand of x's rows; of those of its SwiGLU where x is `gated`. With dh [M, C/2], of those of x's
-        gradient, given that of its SwiGLU; it takes the place of x for certain if that is `kept`."""
+        gradient, given that of its SwiGLU; it takes the place of x for certain if that is `kept`. `exact`: x are values
+        of MX operands, to be kept (under FLOOR the largest of a block may saturate)."""
         if self.config.format == "bf16":
             return self.cast(name, x), None
         data, scale = self._rows(name)
         dh = self._gradient(x, dh)
         map = self.map(TOKEN_TILE) if self.implementation.scale_tiles else None
-        quantize.quantize_rows(
-            x, self.config.format, data, scale, self.programs, map=map, dh=dh, kept=kept, **self.source
-        )
+        format = "mxfp8_rceil" if exact else self.config.format
+        quantize.quantize_rows(x, format, data, scale, self.programs, map=map, dh=dh, kept=kept, **self.source)
         return data, scale
 
     def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:

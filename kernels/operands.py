@@ -20,17 +20,19 @@ if HAS_TRITON:
 Operand = QuantizedOperand[torch.Tensor]
 
 
+_TMA_BYTES = 16
+
+
 def _by_triton(x: torch.Tensor) -> bool:
-    return HAS_TRITON and x.is_cuda
+    return HAS_TRITON and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
 def scale_shape(shape: tuple[int, ...], format: str, square: bool) -> tuple[int, ...]:
-    """Of data [..., P, C] along C. `square`: a weight, whose blocks in ``fp8_blockwise`` are so."""
-    *lead, P, C = shape
-    if format == "fp8_rowwise":
-        return (*lead, P)
-    lines = -(-P // FP8_BLOCK) if square and format == "fp8_blockwise" else P
-    return (*lead, lines, -(-C // SCALE_BLOCKS[format]))
+    """Of data [..., C] along C. `square`: a weight [..., P, C], whose blocks in ``fp8_blockwise`` are so."""
+    *lines, C = shape
+    if square and format == "fp8_blockwise":
+        lines[-1] = -(-lines[-1] // FP8_BLOCK)
+    return tuple(lines) if format == "fp8_rowwise" else (*lines, -(-C // SCALE_BLOCKS[format]))
 
 
 def scale_dtype(format: str) -> torch.dtype:
@@ -69,7 +71,7 @@ def dequantize(operand: Operand, dtype: torch.dtype = torch.bfloat16) -> torch.T
     """data * scale of an operand along K or N, rounded once; exact in bf16 where the scale is a power of two, as all of
     ours are, and the result a normal number."""
     if not _by_triton(operand.data):
-        return emulation.dequantize(operand).to(dtype)
+        return emulation.dequantize(operand).to(dtype).contiguous()
     data = operand.data.contiguous()
     out = torch.empty(data.shape, dtype=dtype, device=data.device)
     with on_device(data):
@@ -82,13 +84,13 @@ def takes_rows(config: GroupedMMConfig, device: Device) -> bool:
     return not select(config, device).scale_tiles
 
 
-def as_rows(operand: Operand, config: GroupedMMConfig, device: Device) -> Prepared:
-    """Rows [M, K] for `pipeline.forward`."""
+def as_rows(operand: Operand, config: GroupedMMConfig, device: Device, values: torch.Tensor | None = None) -> Prepared:
+    """Rows [M, K] for `pipeline.forward`. `values`: `dequantize` of them, if that was made."""
     implementation = select(config, device)
     if implementation.elements == "bf16" and implementation.gemm != "emulated":
-        return Prepared(dequantize(operand), None)
-    data, scale = operand.data.contiguous(), operand.scale.contiguous()
-    return Prepared(data, scale.mT.contiguous().mT if implementation.warp_specialized else scale)
+        return Prepared(dequantize(operand) if values is None else values, None)
+    scale = operand.scale.mT.contiguous().mT if implementation.warp_specialized else readable(operand.scale)
+    return Prepared(readable(operand.data), scale)
 
 
 def as_weights(operand: Operand, config: GroupedMMConfig, device: Device) -> Prepared:
@@ -96,5 +98,11 @@ def as_weights(operand: Operand, config: GroupedMMConfig, device: Device) -> Pre
     implementation = select(config, device)
     if implementation.elements == "bf16" and implementation.gemm != "emulated":
         return Prepared(dequantize(operand), None)
-    data, scale = operand.data.contiguous(), operand.scale.contiguous()
-    return Prepared(data, emulation.to_scale_tiles(scale) if implementation.scale_tiles else scale)
+    scale = emulation.to_scale_tiles(operand.scale) if implementation.scale_tiles else readable(operand.scale)
+    return Prepared(readable(operand.data), scale)
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x contiguous where TMA and cuBLAS can read it, from a multiple of 16 bytes; a copy where it is not."""
+    x = x.contiguous().view(x.shape)  # whose axes of length 1 have the strides of a contiguous tensor, too
+    return x if x.data_ptr() % _TMA_BYTES == 0 else x.clone()

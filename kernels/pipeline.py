@@ -55,6 +55,7 @@ def forward(
     outputs: Tensors,
     scratch: Tensors,
     rows: Prepared | None = None,
+    exact: bool = False,
 ) -> None:
     """Write the outputs of `forward_spec`.
 
@@ -65,6 +66,7 @@ def forward(
         outputs, scratch: by the names of `forward_spec`, contiguous; ``a_tokens`` and, of B with K contiguous,
             ``b_amax`` are written where they are given.
         rows: of A, where it comes quantized (`xmoe.kernels.operands.as_rows`); A is then read for ``a_tokens`` alone.
+        exact: A is data * scale of an MX operand, and its rows are to keep these values.
     """
     if select(config, device).gemm == "emulated":
         emulated_forward(config, A, B, offs, outputs, rows)
@@ -73,17 +75,17 @@ def forward(
     def run() -> None:
         call = Call(problem, config, device, offs, scratch)
         call.prepare(A.shape[0], outputs, scratch)
-        if rows is None:
+        if rows is None and not exact:
             a = call.rows_and_tokens("a", A, outputs)[0] if "a_tokens" in outputs else call.rows("a", A)
         else:
-            a = rows
+            a = call.rows("a", A, exact=True) if rows is None else rows
             if "a_tokens" in outputs:
                 call.tokens("a_tokens", A, outputs)
         b = B if isinstance(B, Prepared) else B.mT
         call.grouped_mm(a, b, outputs["out"], columns=outputs.get("b_amax"))
 
     with on_device(offs):
-        replayed(("forward", problem, config, device), (A, B, offs, rows), (outputs, scratch), run)
+        replayed(("forward", problem, config, device, exact), (A, B, offs, rows), (outputs, scratch), run)
 
 
 def backward(

@@ -22,6 +22,7 @@ from xmoe.torch_backend.combine import check_order, permute_tokens
 from xmoe.torch_backend.experts_ops import (
     GRADIENT,
     SAVED,
+    Argument,
     arguments,
     by_rows,
     check,
@@ -32,8 +33,8 @@ from xmoe.torch_backend.experts_ops import (
     swiglu_experts_gradient,
     swiglu_experts_wgrad,
 )
-from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key
-from xmoe.torch_backend.operands import Operand, grouped_mm_of_operands
+from xmoe.torch_backend.grouped_gemm import grouped_mm_by_key, scaled_grouped_mm
+from xmoe.torch_backend.operands import Operand, check_operand
 from xmoe.torch_backend.ops import DTYPES, LIBRARY, backward, fake_implementation, pack
 from xmoe.torch_backend.weight_cache import cached
 
@@ -122,11 +123,20 @@ def _of_operands(
     order: Tensor | None,
 ) -> Tensor:
     """`swiglu_experts` where some come quantized."""
+    for name, operand in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3)):
+        if isinstance(operand, QuantizedOperand):
+            check_operand(name, operand, config, 2 if name == "x" else 3, name != "x")
+    dtype = next((w.dtype for w in (w1, w2, w3) if isinstance(w, Tensor)), torch.bfloat16)
+    facts = [
+        Argument(v.data.shape, dtype if v is not x else torch.bfloat16, v.data.device)
+        if isinstance(v, QuantizedOperand)
+        else Argument(v.shape, v.dtype, v.device)
+        for v in (x, w1, w2, w3, offs)
+    ]
+    check(facts[0], facts[1], facts[2], facts[3], facts[4], *arguments(order))
     if order is not None:
         x = permute_tokens(x, order) if isinstance(x, Tensor) else _permuted(x, order)
-    return _three(
-        x, w1, w2, w3, lambda a, w: grouped_mm_of_operands(a, w.mT if isinstance(w, Tensor) else w, offs, config)
-    )
+    return _three(x, w1, w2, w3, lambda a, w: scaled_grouped_mm(a, w.mT if isinstance(w, Tensor) else w, offs, config))
 
 
 def _permuted(x: Operand, order: Tensor) -> Operand:

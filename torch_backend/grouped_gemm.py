@@ -22,7 +22,8 @@ from xmoe.operands import FEATURE_MULTIPLE, QuantizedOperand
 from xmoe.torch_backend import ops
 from xmoe.torch_backend.calls import unseen
 from xmoe.torch_backend.checks import refuse_transforms
-from xmoe.torch_backend.operands import Operand, grouped_mm_of_operands
+from xmoe.torch_backend.operand_gemm import grouped_mm_of_operands
+from xmoe.torch_backend.operands import Operand
 from xmoe.torch_backend.weight_cache import cached
 
 

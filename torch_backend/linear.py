@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmoe.config import LINEAR_RECIPES, LinearConfig
+from xmoe.config import LINEAR_RECIPES, GemmConfig, LinearConfig
 from xmoe.operands import FEATURE_MULTIPLE, QuantizedOperand
 from xmoe.torch_backend.calls import unseen
 from xmoe.torch_backend.checks import refuse_transforms
@@ -41,20 +41,39 @@ def scaled_linear(
         config: a config, or a recipe (enum member or name).
 
     Returns:
-        [..., N] in the dtype of the input; bf16 where that is quantized.
+        [..., N] in the dtype of the input, whatever autocast says; bf16 where the input is quantized.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; K or N not a multiple of 16, unless the config pads; a
             config that is none of linears, or that the device cannot run under its kernel preference.
     """
     if not isinstance(config, LinearConfig):
+        if isinstance(config, GemmConfig):
+            raise ValueError(f"config is a {type(config).__name__}, for experts; give a LinearConfig")
         if not isinstance(config, str):
             known = ", ".join(LINEAR_RECIPES)
             raise ValueError(f"config={config!r} is not a config; give a LinearConfig or one of {known}")
         config = LinearConfig.from_recipe(config)
+    for name, x in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(x, Tensor | QuantizedOperand) and not (name == "bias" and x is None):
+            given = f"{name} is {'None' if x is None else type(x).__name__}"
+            raise ValueError(f"{given}; give a torch.Tensor" + (", and config=… by keyword" if name == "bias" else ""))
+    N = _check_shapes(input, weight)
+    if isinstance(bias, Tensor) and bias.shape != (N,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; give ({N},), as weight has out_features={N}")
     if isinstance(input, QuantizedOperand) or isinstance(weight, QuantizedOperand):
         return linear_of_operands(input, weight, bias, config)
     return linear_by_key(input, weight, bias, config.to_key())
+
+
+def _check_shapes(input: Tensor | Operand, weight: Tensor | Operand) -> int:
+    """N. Raises ValueError for an input or a weight of other dimensions."""
+    x, w = (t.data if isinstance(t, QuantizedOperand) else t for t in (input, weight))
+    if x.ndim < 1:
+        raise ValueError("input is a scalar; give [..., K]")
+    if w.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(w.shape)}; give that of a linear, [N, K]")
+    return w.shape[0]
 
 
 def linear_by_key(
@@ -73,7 +92,7 @@ def linear_by_key(
     if input.ndim != 2:
         out = out.reshape(*input.shape[:-1], N)
     out = out if out.dtype == dtype else out.to(dtype)
-    return out if bias is None else out + bias
+    return out if bias is None else (out + bias).to(dtype)
 
 
 def _product(rows: Tensor, weight: Tensor, key: str) -> Tensor:

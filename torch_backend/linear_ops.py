@@ -153,7 +153,7 @@ class Grouped:
 
     def forward(self, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, prepared: Prepared) -> Forward:
         offs = one_group(x)
-        args = x, _as_group(weight), offs, self.keys[0], need_dw, prepared, None, need_dx
+        args = x, as_group(weight), offs, self.keys[0], need_dw, prepared, None, need_dx
         out, a, a_scale, maxima = direct(ops._forward_op, ops.grouped_mm_forward, *args)
         saves_input = need_dw and ops.pipeline.saves_input(config_from_key(self.keys[2]))
         saved = () if not need_dw else (x,) if saves_input else (a, a_scale)
@@ -170,7 +170,7 @@ class Grouped:
         prepared: Prepared,
     ) -> tuple[Tensor | None, Tensor | None]:
         offs, *a = found.saved
-        B, (_, dgrad, wgrad) = _as_group(weight), self.keys
+        B, (_, dgrad, wgrad) = as_group(weight), self.keys
 
         def gradients(key: str | None, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor]:
             return ops.backward(dOut, a, B, offs, key, x_dtype, need_dx, need_dw, prepared or (), found.maxima)
@@ -183,7 +183,7 @@ class Grouped:
 
     def prepare(self, x: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         assert self.keys[0] is not None, "a grouped scheme has the configs of all GEMMs"
-        return prepare(x, _as_group(weight), one_group(x), self.keys[0])
+        return prepare(x, as_group(weight), one_group(x), self.keys[0])
 
 
 class Tensorwise:
@@ -200,13 +200,13 @@ class Tensorwise:
     def forward(
         self, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, prepared: Prepared, given: Prepared = None
     ) -> Forward:
-        """`given`: x quantized along K, and then its values only count for a weight gradient in bf16."""
+        """`given`: x quantized along K, for a forward without a weight gradient; of x only its dtype counts then."""
         emulated, columns = self._emulated(x.device), need_dw and self.hp_key is None
         if x.shape[0] == 0:
             return Forward(x.new_zeros(0, weight.shape[0]), (x, x)[: self._saves(need_dw)])
         if given:
-            a, a_scale = given[0].contiguous(), given[1]
-            a_columns = tensorwise.transposed(a) if columns else a
+            a, a_scale = given
+            a_columns = a
         else:
             x = x.contiguous()
             a, a_columns, a_scale = _cast(x, _maxima(x), False, True, columns, emulated)
@@ -248,7 +248,7 @@ class Tensorwise:
                     d_columns, d_scale, a, a_scale, weight.dtype, fast=self.fast[2], emulated=emulated
                 )
         if need_dw and not columns:
-            args = _as_group(weight), one_group(dOut), self.hp_key, x_dtype, False, True
+            args = as_group(weight), one_group(dOut), self.hp_key, x_dtype, False, True
             dw = ops.backward(dOut, found.saved, *args)[1][0].mT
         return dx, dw
 
@@ -280,7 +280,7 @@ def _columns(weight: Tensor, maxima: Tensor | None, emulated: bool) -> tuple[Ten
     return columns, scale
 
 
-def _as_group(weight: Tensor) -> Tensor:
+def as_group(weight: Tensor) -> Tensor:
     """[N, K] as [1, K, N]."""
     return weight.mT.unsqueeze(0)
 

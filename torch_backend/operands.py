@@ -1,33 +1,28 @@
-"""Operands that are quantized before their GEMM: made, taken back, and multiplied.
+"""Operands that are quantized before their GEMM: made, taken back, and checked.
 
 M = tokens, K = contraction, N = output features, G = groups.
 """
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from xmoe.config import GemmConfig, GroupedMMConfig, any_config, config_from_key
-from xmoe.kernels import operands, pipeline, tensorwise
-from xmoe.operands import QuantizedOperand
-from xmoe.torch_backend import ops
-from xmoe.torch_backend.calls import differentiable_once, direct
+from xmoe.config import GemmConfig, GroupedMMConfig, KernelPreference, any_config
+from xmoe.kernels import operands, tensorwise
+from xmoe.operands import FEATURE_MULTIPLE, FORMATS, QuantizedOperand
+from xmoe.torch_backend.calls import unseen
 from xmoe.torch_backend.checks import DTYPES, refuse_transforms
 from xmoe.torch_backend.ops import LIBRARY
 
 Operand = QuantizedOperand[Tensor]
 TENSORWISE = "fp8_tensorwise"
 """The format of linears with one scale a tensor."""
+SCALE_OF_ZEROS = 2.0**-48
+"""That of the least magnitude that has one in fp8, 1e-12."""
 
 LIBRARY.define("quantize(Tensor x, str format, bool weights) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
-LIBRARY.define(
-    "grouped_mm_of_operands(Tensor? A, Tensor? a_data, Tensor? a_scale, Tensor? B, Tensor? b_data, Tensor? b_scale, "
-    "Tensor offs, str[] keys) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 LIBRARY.define(
     "dequantize(Tensor data, Tensor scale, str format, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
@@ -44,12 +39,11 @@ def quantize_activations(x: Tensor, config: GemmConfig | StrEnum | str) -> Opera
     For A of `scaled_grouped_mm`, the input of `scaled_linear` and x of `swiglu_experts`: tokens that are exchanged
     in 8 bits, or multiplied several times. No gradient goes back to x.
 
-    Raises ValueError for a config that quantizes nothing, an x that is not bf16 or fp32, or a scalar.
+    Raises ValueError for a config that quantizes nothing, an x that is not bf16 or fp32, or a K that is no multiple of
+    16.
     """
     config = _quantizing(config)
-    if x.ndim < 1:
-        raise ValueError("x is a scalar; give activations [..., K]")
-    _check_dtype("x", x)
+    _check_values("x", x, "K")
     rows = x.detach().reshape(-1, x.shape[-1])
     if config.format == TENSORWISE:
         data, scale = _cast_whole(rows)
@@ -73,11 +67,11 @@ def quantize_weights(weight: Tensor, config: GemmConfig | StrEnum | str) -> Oper
     none of this.
     """
     config = _quantizing(config)
-    _check_dtype("weight", weight)
     ndim = 3 if isinstance(config, GroupedMMConfig) else 2
     if weight.ndim != ndim:
         shape = "B_t [G, K, N] of experts" if ndim == 3 else "[N, K] of a linear"
         raise ValueError(f"weight has shape {tuple(weight.shape)}; {config.recipe} quantizes weights {shape}")
+    _check_values("weight", weight, "KN" if ndim == 3 else "NK")
     weight = weight.detach()
     if config.format == TENSORWISE:
         return QuantizedOperand(*_cast_whole(weight), "K", TENSORWISE)
@@ -86,21 +80,95 @@ def quantize_weights(weight: Tensor, config: GemmConfig | StrEnum | str) -> Oper
 
 
 def dequantize(operand: Operand, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """data * scale, rounded once to bf16 or fp32 `dtype`, in the shape of the data: of weights of experts [G, N, K]."""
+    """data * scale, rounded once to bf16 or fp32 `dtype`, in the shape of the data: of weights of experts [G, N, K].
+
+    Raises ValueError for data and scales that do not fit, and another `dtype`.
+    """
+    if not isinstance(operand, QuantizedOperand):
+        raise ValueError(f"operand is {type(operand).__name__}; give a QuantizedOperand")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; give torch.bfloat16 or torch.float32")
+    if operand.axis != "K":
+        raise ValueError(f"operand.axis is {operand.axis!r}; only those along K can be taken back")
+    data, scale = operand.data, operand.scale
+    square = operand.format == "fp8_blockwise" and data.ndim > 1 and scale.shape[-2:-1] != data.shape[-2:-1]
+    check_layout("operand", operand, None, square)
+    return values(operand if square else flattened(operand), dtype).view(data.shape)
+
+
+def values(operand: Operand, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`dequantize` of rows [M, K] or of a weight [N, K] or [G, N, K], as they are."""
     data, scale = operand.data, operand.scale
     if operand.format == TENSORWISE:
         return (data.float() * scale).to(dtype)
-    if _is_square(operand):
-        data, scale = (data, scale) if data.ndim == 3 else (data[None], scale[None])
-    else:
-        data, scale = data.reshape(-1, data.shape[-1]), scale.reshape(-1, *scale.shape[data.ndim - 1 :])
+    group = operand.format == "fp8_blockwise" and data.ndim == 2 and scale.shape[0] != data.shape[0]
+    data, scale = (data[None], scale[None]) if group else (data, scale)
     return torch.ops.xmoe.dequantize(data, scale, operand.format, dtype).view(operand.data.shape)
 
 
-def _is_square(operand: Operand) -> bool:
-    """Whether its blocks are those of a weight, of 128 rows each."""
-    data, scale = operand.data, operand.scale
-    return operand.format == "fp8_blockwise" and data.ndim > 1 and scale.shape[-2] != data.shape[-2]
+def flattened(operand: Operand) -> Operand:
+    """Rows [..., K] as [M, K]."""
+    data, scale = operand.data.reshape(-1, operand.data.shape[-1]), operand.scale
+    if operand.format != TENSORWISE:
+        scale = scale.reshape(-1, *scale.shape[operand.data.ndim - 1 :])
+    return QuantizedOperand(data, scale, operand.axis, operand.format)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_operand(name: str, operand: Operand, config: GemmConfig, ndim: int | None, square: bool) -> None:
+    """Raises ValueError, naming the argument, its value and the fix, unless it is in the config's format along K, and
+    of the layout that `check_layout` asks for."""
+    if config.format == "bf16":
+        raise ValueError(f"{name} is quantized and config={config.recipe} is not; give dequantize({name})")
+    if operand.format != config.format:
+        raise ValueError(
+            f"{name}.format is {operand.format!r} and the config's {config.format!r}; quantize it with one recipe"
+        )
+    if operand.axis != "K":
+        raise ValueError(f"{name}.axis is {operand.axis!r}; quantize it along K, the contraction of the forward")
+    check_layout(name, operand, ndim, square)
+
+
+def check_layout(name: str, operand: Operand, ndim: int | None, square: bool) -> None:
+    """The same unless it is data of so many dimensions, with the scales of its format; `square` where a weight."""
+    data, scale, format = operand.data, operand.scale, operand.format
+    for part, x in (("data", data), ("scale", scale)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}.{part} is {type(x).__name__}; give a torch.Tensor")
+    if format not in (*FORMATS, TENSORWISE):
+        raise ValueError(f"{name}.format is {format!r}; give one of {', '.join((*FORMATS, TENSORWISE))}")
+    if data.dtype != torch.float8_e4m3fn or data.ndim < 1 or (ndim is not None and data.ndim != ndim):
+        shape = "" if ndim is None else f" of {ndim} dimensions"
+        raise ValueError(f"{name}.data is {data.dtype} {tuple(data.shape)}; give torch.float8_e4m3fn{shape}")
+    _check_sizes(name, data.shape, "NK" if square else "K")
+    expected = () if format == TENSORWISE else operands.scale_shape(tuple(data.shape), format, square)
+    if scale.dtype != operands.scale_dtype(format) or scale.shape != expected:
+        raise ValueError(
+            f"{name}.scale is {scale.dtype} {tuple(scale.shape)}; give {operands.scale_dtype(format)} {expected}, for "
+            f"data {tuple(data.shape)} in the format {format}"
+        )
+    if data.device != scale.device:
+        raise ValueError(f"{name}.data is on {data.device} and its scale on {scale.device}; move them to one device")
+
+
+def _check_values(name: str, x: Tensor, axes: str) -> None:
+    """Of what is to be quantized, whose last dimensions are called `axes`."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} is {x.dtype}; cast it to torch.bfloat16 or torch.float32")
+    if x.ndim < 1:
+        raise ValueError(f"{name} is a scalar; give activations [..., K]")
+    _check_sizes(name, x.shape, axes)
+    refuse_transforms(x)
+
+
+def _check_sizes(name: str, shape: Sequence[int], axes: str) -> None:
+    for axis, size in zip(reversed(axes), reversed(shape), strict=False):
+        if size < 1 or size % FEATURE_MULTIPLE:
+            raise ValueError(
+                f"{axis}={size} of {name} is not a positive multiple of {FEATURE_MULTIPLE}; pad it with zeros"
+            )
 
 
 def _quantizing(config: GemmConfig | StrEnum | str) -> GemmConfig:
@@ -110,20 +178,22 @@ def _quantizing(config: GemmConfig | StrEnum | str) -> GemmConfig:
     return config
 
 
-def _check_dtype(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name} is {x.dtype}; cast it to torch.bfloat16 or torch.float32")
+# ------------------------------------------------------------------------------------------------------------------ ops
 
 
 def _cast_whole(x: Tensor) -> tuple[Tensor, Tensor]:
     """Data and scale of all of x [R, C], e4m3."""
+    if not x.numel():
+        return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_full((), SCALE_OF_ZEROS, dtype=torch.float32)
     x = x.contiguous()
-    maxima = tensorwise.find_maxima(x, plain=torch.compiler.is_compiling()) if x.numel() else x.new_zeros(1).float()
-    data, _, scale = torch.ops.xmoe.cast_tensor(x, maxima, False, True, False, False)
+    maxima = tensorwise.find_maxima(x, plain=not unseen(x))
+    data, _, scale = torch.ops.xmoe.cast_tensor(x, maxima, False, True, False, _is_emulated(x.device))
     return data, scale
 
 
-# ------------------------------------------------------------------------------------------------------------------ ops
+@torch.compiler.assume_constant_result
+def _is_emulated(device: torch.device) -> bool:
+    return tensorwise.emulated_on(KernelPreference.AUTO, device)
 
 
 @torch.library.impl(LIBRARY, "quantize", "CompositeExplicitAutograd")
@@ -149,155 +219,3 @@ def _(data: Tensor, scale: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 @torch.library.register_fake("xmoe::dequantize", lib=LIBRARY)
 def _(data: Tensor, scale: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     return data.new_empty(data.shape, dtype=dtype)
-
-
-# ------------------------------------------------------------------------------------------------------------- multiply
-
-
-def check_operand(name: str, operand: Operand, config: GemmConfig, ndim: int | None, square: bool) -> None:
-    """Raises ValueError, naming the argument, its value and the fix, unless it is data of so many dimensions along K,
-    with the scales of the config's format; `square` where it is a weight."""
-    data, scale, format = operand.data, operand.scale, config.format
-    if format == "bf16":
-        raise ValueError(f"{name} is quantized and config={config.recipe} is not; give dequantize({name})")
-    if operand.format != format:
-        raise ValueError(
-            f"{name}.format is {operand.format!r} and the config's {format!r}; quantize it with one recipe"
-        )
-    if operand.axis != "K":
-        raise ValueError(f"{name}.axis is {operand.axis!r}; quantize it along K, the contraction of the forward")
-    if data.dtype != torch.float8_e4m3fn or (ndim is not None and data.ndim != ndim):
-        shape = "" if ndim is None else f" of {ndim} dimensions"
-        raise ValueError(f"{name}.data is {data.dtype} {tuple(data.shape)}; give torch.float8_e4m3fn{shape}")
-    expected = () if format == TENSORWISE else operands.scale_shape(tuple(data.shape), format, square)
-    if scale.dtype != operands.scale_dtype(format) or scale.shape != expected:
-        raise ValueError(
-            f"{name}.scale is {scale.dtype} {tuple(scale.shape)}; give {operands.scale_dtype(format)} {expected}, for "
-            f"data {tuple(data.shape)} in the format {format}"
-        )
-    if data.device != scale.device:
-        raise ValueError(f"{name}.data is on {data.device} and its scale on {scale.device}; move them to one device")
-
-
-def grouped_mm_of_operands(A: Tensor | Operand, B_t: Tensor | Operand, offs: Tensor, config: GroupedMMConfig) -> Tensor:
-    """`scaled_grouped_mm` where A [M, K] or B_t [G, K, N], as data [G, N, K], comes quantized."""
-    if isinstance(A, QuantizedOperand):
-        check_operand("A", A, config, 2, False)
-    if isinstance(B_t, QuantizedOperand):
-        check_operand("B_t", B_t, config, 3, True)
-    return multiply(A, B_t, offs, (config.to_key(),) * 3)
-
-
-def multiply(A: Tensor | Operand, B: Tensor | Operand, offs: Tensor, keys: Sequence[str | None]) -> Tensor:
-    """The same of checked operands, under the keys of the configs of the forward, dgrad and wgrad."""
-    refuse_transforms(*(x for x in (A, B) if isinstance(x, Tensor)))
-    return torch.ops.xmoe.grouped_mm_of_operands(*split(A), *split(B), offs, keys)
-
-
-def split(x: Tensor | Operand) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(values, data, scale), those that there are."""
-    return (None, x.data, x.scale) if isinstance(x, QuantizedOperand) else (x, None, None)
-
-
-def unread(shape: Sequence[int], like: Tensor) -> Tensor:
-    """In place of the values of an operand, which nobody reads: bf16, one element for all."""
-    return like.new_empty((), dtype=torch.bfloat16).expand(shape)
-
-
-@torch.library.impl(LIBRARY, "grouped_mm_of_operands", "Autograd")
-@torch._disable_dynamo
-def _(*args: Any) -> Tensor:
-    return _OfOperands.apply(*args)
-
-
-@torch.library.impl(LIBRARY, "grouped_mm_of_operands", "CompositeExplicitAutograd")
-@torch._disable_dynamo
-def _(*args: Any) -> Tensor:
-    return _forward(*args)[0]
-
-
-@torch.library.register_fake("xmoe::grouped_mm_of_operands", lib=LIBRARY)
-def _(*args: Any) -> Tensor:
-    return _forward(*args)[0]
-
-
-def _forward(
-    A: Tensor | None,
-    a_data: Tensor | None,
-    a_scale: Tensor | None,
-    B: Tensor | None,
-    b_data: Tensor | None,
-    b_scale: Tensor | None,
-    offs: Tensor,
-    keys: Sequence[str],
-    save_tokens: bool = False,
-    save_amax: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `ops.grouped_mm_forward` gives."""
-    a = b = None
-    if a_data is not None and a_scale is not None:
-        a, A = [a_data, a_scale], unread(a_data.shape, a_data)
-        if save_tokens:
-            A = dequantize(QuantizedOperand(a_data, a_scale, "K", config_from_key(keys[0]).format))
-    if b_data is not None and b_scale is not None:
-        b, B = [b_data, b_scale], unread(b_data.mT.shape, b_data)
-    args = A, B, offs, keys[0], save_tokens, None, None, save_amax and b is None, a, b
-    return direct(ops._forward_op, ops.grouped_mm_forward, *args)
-
-
-class _OfOperands(torch.autograd.Function):
-    """The gradients of what is not quantized. dB multiplies A's tokens, quantized anew from its values in bf16; dA the
-    weights, quantized along N from theirs, which are made for the time of the backward alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        A: Tensor | None,
-        a_data: Tensor | None,
-        a_scale: Tensor | None,
-        B: Tensor | None,
-        b_data: Tensor | None,
-        b_scale: Tensor | None,
-        offs: Tensor,
-        keys: Sequence[str],
-    ) -> Tensor:
-        need_dA, need_dB = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        saves_input = need_dB and pipeline.saves_input(config_from_key(keys[2]))
-        args = A, a_data, a_scale, B, b_data, b_scale, offs, keys, need_dB and not saves_input, need_dA
-        out, a_tokens, a_tokens_scale, b_amax = _forward(*args)
-        ctx.set_materialize_grads(False)
-        ctx.keys, ctx.format, ctx.saves_input = keys, config_from_key(keys[0]).format, saves_input
-        ctx.A_dtype = torch.bfloat16 if A is None else A.dtype
-        saved_A = (A, a_data, a_scale) if saves_input else (None, a_tokens, a_tokens_scale)
-        ctx.save_for_backward(offs, *(saved_A if need_dB else (None,) * 3), B, b_data, b_scale, b_amax)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dOut, need_dA, need_dB = gradients[0], ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        if dOut is None or not (need_dA or need_dB):
-            return (None,) * 8
-        dA, dB = differentiable_once("xmoe::grouped_mm", lambda: _OfOperands._gradients(ctx, dOut, need_dA, need_dB))
-        return dA, None, None, dB, *(None,) * 4
-
-    @staticmethod
-    def _gradients(ctx: Any, dOut: Tensor, need_dA: bool, need_dB: bool) -> tuple[Tensor | None, Tensor | None]:
-        offs, A, a, a_scale, B, b_data, b_scale, b_amax = ctx.saved_tensors
-        saved: tuple[Tensor, ...] = ()
-        if need_dB and ctx.saves_input:
-            saved = (dequantize(QuantizedOperand(a, a_scale, "K", ctx.format)) if A is None else A,)
-        elif need_dB:
-            saved = (a, a_scale)
-        if B is None:
-            B = dequantize(QuantizedOperand(b_data, b_scale, "K", ctx.format)).mT
-        amax = b_amax if b_amax.numel() else None
-
-        def gradients(key: str, need_dA: bool, need_dB: bool) -> tuple[Tensor, Tensor]:
-            return ops.backward(dOut, saved, B, offs, key, ctx.A_dtype, need_dA, need_dB, (), amax)
-
-        _, dgrad, wgrad = ctx.keys
-        if dgrad == wgrad or not (need_dA and need_dB):
-            dA, dB = gradients(dgrad if need_dA else wgrad, need_dA, need_dB)
-        else:
-            dA, dB = gradients(dgrad, True, False)[0], gradients(wgrad, False, True)[1]
-        return dA if need_dA else None, dB if need_dB else None

@@ -133,7 +133,7 @@ def grouped_mm_forward(
         save_amax: also find the maxima that quantizing B along N needs, if they come at no cost: not of a B that is
             prepared or has N contiguous. Autograd asks for them where A needs a gradient.
         a_operand, b_operand: data and scale of operands along K that come quantized, or nothing. Of A and B only the
-            shapes and dtypes count then, and A's values for `save_tokens`.
+            shapes and dtypes count then, A being bf16, and for `save_tokens` A's values, data * scale.
     """
     plan = _forward_plan(
         A.shape, A.dtype, B.shape, B.dtype, offs.shape, offs.dtype, (A.device, B.device, offs.device), config_key,
@@ -142,9 +142,13 @@ def grouped_mm_forward(
     if plan.config.debug:
         check_offsets(offs, A.shape[0])
     outputs, scratch = allocate(plan.outputs, A.device), arena(plan.scratch, A.device)
-    rows = None
+    rows, exact = None, False
     if a_operand:
-        A, rows = _operand_rows(plan, A, a_operand)
+        operand = QuantizedOperand(a_operand[0], a_operand[1], "K", plan.config.format)
+        if operands.takes_rows(plan.config, plan.view):
+            rows = operands.as_rows(operand, plan.config, plan.view, A if save_tokens else None)
+        else:
+            A, exact = A if save_tokens else operands.dequantize(operand), True
     if b_operand:
         b = operands.as_weights(
             QuantizedOperand(b_operand[0], b_operand[1], "K", plan.config.format), plan.config, plan.view
@@ -152,16 +156,8 @@ def grouped_mm_forward(
     else:
         b = unpack(prepared) if prepared else aligned(B)
     A = A if rows is not None and not save_tokens else aligned(A.contiguous())
-    pipeline.forward(plan.problem, plan.config, plan.view, A, b, offs.contiguous(), outputs, scratch, rows)
+    pipeline.forward(plan.problem, plan.config, plan.view, A, b, offs.contiguous(), outputs, scratch, rows, exact)
     return _returned(outputs, A)
-
-
-def _operand_rows(plan: _Plan, A: Tensor, a_operand: Sequence[Tensor]) -> tuple[Tensor, pipeline.Prepared | None]:
-    """A and its rows; where the implementation takes none, A's values."""
-    operand = QuantizedOperand(a_operand[0], a_operand[1], "K", plan.config.format)
-    if operands.takes_rows(plan.config, plan.view):
-        return A, operands.as_rows(operand, plan.config, plan.view)
-    return operands.dequantize(operand, A.dtype), None
 
 
 _RETURNED = ("out", "a_tokens", "a_tokens_scale", "b_amax")

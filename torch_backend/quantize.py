@@ -96,6 +96,8 @@ def quantize_(
             f"config is {config!r}; give a GroupedMMConfig, a LinearConfig, an FqnToConfig or one of {known}"
         )
     mapping = config if isinstance(config, FqnToConfig) else FqnToConfig({DEFAULT: any_config(config)})
+    if filter_fn is not None and not callable(filter_fn):
+        raise ValueError(f"filter_fn is {filter_fn!r}; give a function of a module and its name, or filter_fqns([…])")
     if device is not None:
         model.to(device)
 

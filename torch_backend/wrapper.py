@@ -13,7 +13,19 @@ from xmoe.kernels.emulation import is_autocast_enabled
 from xmoe.torch_backend.unquantized import PRODUCTS, in_high_precision, is_foreign
 
 _VIEWS = (
-    *("adjoint", "as_strided", "chunk", "contiguous", "detach", "expand", "expand_as", "flatten", "movedim", "narrow"),
+    *(
+        "adjoint",
+        "as_strided",
+        "chunk",
+        "contiguous",
+        "detach",
+        "expand",
+        "expand_as",
+        "flatten",
+        "moveaxis",
+        "movedim",
+    ),
+    *("narrow",),
     *("permute", "reshape", "select", "split", "squeeze", "swapaxes", "swapdims", "tensor_split", "transpose"),
     *("t", "unbind", "unflatten", "unsqueeze", "view", "view_as"),
 )
@@ -26,12 +38,17 @@ WRAPPED: frozenset[Callable[..., Any]] = frozenset(
         *(getattr(torch.Tensor, name) for name in _VIEWS + _COPIES if hasattr(torch.Tensor, name)),
         *(getattr(torch, name) for name in _VIEWS if hasattr(torch, name)),
         *(torch.clone, torch.empty_like, torch.index_select),
-        *(getattr(torch.Tensor, name).__get__ for name in ("data", "mH", "mT", "T")),
+        *(getattr(torch.Tensor, name).__get__ for name in ("data", "H", "mH", "mT", "T")),
         torch.Tensor.__getitem__,
         *(torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default),
     ]
 )
 """What gives a wrapped weight again: the same values in another shape, dtype or place. The rest gives plain tensors."""
+
+_TRANSPOSED: frozenset[Callable[..., Any]] = frozenset(getattr(torch.Tensor, name).__get__ for name in ("mH", "mT"))
+_REVERSED: frozenset[Callable[..., Any]] = frozenset(getattr(torch.Tensor, name).__get__ for name in ("H", "T"))
+_DATA: frozenset[Callable[..., Any]] = frozenset([getattr(torch.Tensor, "data").__get__])  # noqa: B009 (a getter)
+"""Attributes, of which torch.compile cannot make wrapped weights: methods take their place."""
 
 _JOINS: frozenset[Callable[..., Any]] = frozenset([torch.cat, torch.concat, torch.concatenate, torch.stack])
 """What gives a wrapped weight when all of the tensors are wrapped with one config: fused weights."""
@@ -102,6 +119,12 @@ class WrappedWeight(torch.Tensor):
                 return out
             if func in PRODUCTS or is_foreign(func):
                 in_high_precision(cls, func, args)
+            if func in _TRANSPOSED:
+                return args[0].transpose(-2, -1).as_subclass(cls)
+            if func in _REVERSED and args[0].ndim == 2:
+                return args[0].t().as_subclass(cls)
+            if torch.compiler.is_compiling() and func in _DATA:
+                return args[0].detach().as_subclass(cls)
             out = func(*args, **kwargs)
             # `cls`, not type(args[0]): the one that torch.compile can trace.
             if func in _JOINS:

@@ -67,6 +67,10 @@ def as_config(config: Any) -> GroupedMMConfig:
         return config
     if config is None or isinstance(config, str):
         return config_from_recipe(BF16GroupedMMRecipe.BF16 if config is None else config)
+    if isinstance(config, GemmConfig):
+        raise ValueError(f"config is a {type(config).__name__}, for linears; give a GroupedMMConfig, for experts")
+    if isinstance(config, type):
+        raise ValueError(f"config is the class {config.__name__}; give an instance, {config.__name__}()")
     raise ValueError(f"config={config!r} is not a config; give a GroupedMMConfig or one of {', '.join(RECIPES)}")
 
 

@@ -74,6 +74,8 @@ class FqnToConfig:
     fqn_to_config: Mapping[str, GemmConfig | None]
 
     def __init__(self, fqn_to_config: Mapping[str, GemmConfig | Mapping[str, Any] | str | None]) -> None:
+        if not isinstance(fqn_to_config, Mapping):
+            raise ValueError(f"fqn_to_config is a {type(fqn_to_config).__name__}; give a mapping from names to configs")
         configs: dict[str, GemmConfig | None] = {}
         self._exact: dict[str, str] = {}
         self._patterns: list[tuple[re.Pattern[str], str]] = []

@@ -55,7 +55,7 @@ class QuantizedOperand(Generic[Array]):
     axis: str
     """The logical axis that one scale covers: "K", "N" or "tokens"."""
     format: str
-    """One of FORMATS."""
+    """One of FORMATS; in PyTorch's linears "fp8_tensorwise" too, with one float32 scale []."""
 
     def map(self, fn: Any) -> "QuantizedOperand[Any]":
         """The same operand with ``fn`` applied to data and scale."""

@@ -37,7 +37,6 @@ def test_dequantize(backend, fmt, shape):
 
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:
-
     if x.element_size() > 1:
         return x.cpu().numpy()
     return x.cpu().view(torch.uint8).numpy().view(getattr(ml_dtypes, str(x.dtype).removeprefix("torch.")))
@@ -73,7 +72,7 @@ def test_forward_in_the_interpreter(recipe, device, monkeypatch):
     spec = pipeline.forward_spec(run.problem, config, device, prepared=True, rows=takes)
     assert not {"b", *(["a"] if takes else [])} & spec.scratch.keys()
     outputs, scratch = poisoned(spec.outputs, "cpu"), poisoned(spec.scratch, "cpu")
-    pipeline.forward(run.problem, config, device, run.A, b, run.offs, outputs, scratch, rows)
+    pipeline.forward(run.problem, config, device, run.A, b, run.offs, outputs, scratch, rows, not takes)
     assert outputs.keys() == run.outputs.keys()
     for name, tensor in outputs.items():
         assert np.array_equal(to_bytes(tensor), to_bytes(run.outputs[name])), name
@@ -82,3 +81,36 @@ def test_forward_in_the_interpreter(recipe, device, monkeypatch):
 
 def to_bytes(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().view(torch.uint8).numpy()
+
+
+@pytest.mark.skipif(e4m3.HARDWARE or not INTERPRETER_WORKS, reason="for a working interpreter")
+@pytest.mark.usefixtures("dot_scaled")
+def test_foreign_scales_in_tiles(monkeypatch):
+    """Blocks whose largest element FLOOR would let saturate keep their values where they are quantized again."""
+    monkeypatch.setattr(call, "programs", lambda index: 3)
+    config = config_from_recipe("mxfp8_floor")
+    run = Run(config, "short", dtype=torch.float32, device=NATIVE_MX, M=150, K=48, N=144, where="cpu")
+    run.A.fill_(240.0)
+    spec = pipeline.forward_spec(run.problem, config, NATIVE_MX)
+    outputs, scratch = poisoned(spec.outputs, "cpu"), poisoned(spec.scratch, "cpu")
+    B = emulation.dequantize(emulation.quantize_weights(run.B, "K", "mxfp8_floor")).mT
+    pipeline.forward(run.problem, config, NATIVE_MX, run.A, run.B, run.offs, outputs, scratch, exact=True)
+    want, start = torch.zeros_like(outputs["out"]), 0
+    for g, end in enumerate(run.offs.tolist()):
+        want[start:end] = run.A[start:end] @ B[g]
+        start = end
+    assert oracle.sqnr(arrays(want), arrays(outputs["out"])) >= 50
+    pipeline.forward(run.problem, config, NATIVE_MX, run.A, run.B, run.offs, outputs, scratch)
+    assert oracle.sqnr(arrays(want), arrays(outputs["out"])) < 30
+
+
+def test_readable():
+    """Contiguous, from a multiple of 16 bytes on, and with the strides that a descriptor is made of."""
+    x = torch.arange(64, dtype=torch.uint8).view(4, 16)
+    assert operands.readable(x).data_ptr() == x.data_ptr()
+    shifted = torch.empty(72, dtype=torch.uint8)[8:].copy_(x.view(-1)).view(4, 16)
+    for y in (shifted, x.mT.contiguous().mT, torch.zeros(1, 1000, dtype=torch.uint8)[:, :16]):
+        got = operands.readable(y)
+        assert got.data_ptr() % 16 == 0
+        assert got.stride() == (16, 1)
+        assert torch.equal(got, y)

@@ -364,6 +364,28 @@ def test_errors(x: tuple[int, ...], weight: tuple[int, ...], config: Any, messag
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": "rowwise"}, r"bias is str; give a torch\.Tensor, and config=… by keyword"),
+        ({"bias": torch.zeros(N + 1)}, rf"bias has shape \({N + 1},\); give \({N},\)"),
+        ({"weight": torch.zeros(2, N, K)}, r"weight has shape \(2, 64, 96\); give that of a linear"),
+        ({"input": torch.tensor(1.0)}, r"input is a scalar"),
+        ({"input": None}, r"input is None; give a torch\.Tensor"),
+        ({"config": any_config("fp8_rowwise")}, r"config is a FP8GroupedMMConfig, for experts; give a LinearConfig"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    x, weight, _ = operands()
+    with pytest.raises(ValueError, match=message):
+        scaled_linear(**{"input": x, "weight": weight, "bias": None, "config": "rowwise", **change})
+
+
+def test_dtype_of_the_input_stays() -> None:
+    x, weight, _ = operands()
+    assert scaled_linear(x, weight, torch.zeros(N), "rowwise").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
     ("dtype", "message"), [(torch.float64, "input is torch.float64; cast it"), (torch.int32, "input is torch.int32")]
 )
 def test_wrong_dtype(dtype: torch.dtype, message: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.backends import arrays, same_bytes
 from tests.torch_backend.compiling import BACKEND, assert_compiled_close
@@ -16,6 +17,7 @@ from xmoe.shapes import offsets
 from xmoe.torch_backend import (
     QuantizedOperand,
     dequantize,
+    operand_gemm,
     permute_tokens,
     quantize_activations,
     quantize_weights,
@@ -142,6 +144,53 @@ def test_scales_that_are_no_powers_of_two(device: str, recipe: str) -> None:
     assert oracle.sqnr(want.numpy(), arrays(scaled_grouped_mm(a, b, offs, recipe))) >= 50
 
 
+@pytest.mark.parametrize("recipe", FORMATS)
+def test_layouts_in_memory(device: str, recipe: str) -> None:
+    """Data and scales with strides, and from any byte on, as out of a message."""
+    A, W, offs, dOut = tensors(device)
+    a, b = quantize_activations(A, recipe), quantize_weights(W.mT, recipe)
+
+    def moved(x: Tensor) -> Tensor:
+        """x from a byte on that no kernel likes."""
+        message = torch.empty(x.nbytes + 8, dtype=torch.uint8, device=x.device)[8:]
+        return message.copy_(x.contiguous().view(-1).view(torch.uint8)).view(x.dtype).view(x.shape)
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT if x.ndim > 1 else torch.stack([x, x], 1)[:, 0]
+
+    for change in (moved, transposed):
+        assert_equal(step(A.clone(), b.map(change), offs, dOut, recipe), step(A.clone(), b, offs, dOut, recipe))
+        assert_equal(step(a.map(change), W.mT.detach(), offs, dOut, recipe), step(a, W.mT.detach(), offs, dOut, recipe))
+        assert torch.equal(dequantize(a.map(change)), dequantize(a))
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8_rceil"])
+def test_nothing_is_made_for_a_backward_that_does_not_come(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    A, W, offs, _ = tensors("cpu")
+    a, made = quantize_activations(A, recipe), []
+    values = operand_gemm.values
+    monkeypatch.setattr(operand_gemm, "values", lambda *args: made.append(1) or values(*args))
+    W.requires_grad_()
+    with torch.no_grad():
+        scaled_grouped_mm(a, W.mT, offs, recipe)
+    scaled_grouped_mm(a, W.detach().mT, offs, recipe)
+    assert not made
+    scaled_grouped_mm(a, W.mT, offs, recipe)
+    assert made == [1]
+
+
+def test_retained_graphs_and_checkpoints() -> None:
+    A, W, offs, dOut = tensors("cpu")
+    a = quantize_activations(A, "fp8_rowwise")
+    W.requires_grad_()
+    out = scaled_grouped_mm(a, W.mT, offs, "fp8_rowwise")
+    (first,) = torch.autograd.grad(out, W, dOut, retain_graph=True)
+    (second,) = torch.autograd.grad(out, W, dOut)
+    again = checkpoint(lambda: scaled_grouped_mm(a, W.mT, offs, "fp8_rowwise"), use_reentrant=False)
+    assert_equal(torch.autograd.grad(again, W, dOut), (first,))
+    assert torch.equal(first, second)
+
+
 def test_no_tokens(device: str) -> None:
     A, W, offs, _ = tensors(device)
     a, zero = quantize_activations(A[:0], "fp8_rowwise"), torch.zeros_like(offs)
@@ -158,11 +207,28 @@ def test_compile(device: str) -> None:
         a, b = quantize_activations(A, recipe), quantize_weights(W.mT, recipe)
         return scaled_grouped_mm(a, W.mT, offs, recipe) + scaled_grouped_mm(A, b, offs, recipe)
 
-    for recipe in ("fp8_rowwise", "mxfp8_rceil"):
+    def linear(A: Tensor, W: Tensor, recipe: str) -> Tensor:
+        a, w = quantize_activations(A, recipe), quantize_weights(W[0], recipe)
+        return scaled_linear(a, W[0], None, recipe) + scaled_linear(A, w, None, recipe)
+
+    def experts(A: Tensor, W: Tensor, recipe: str) -> Tensor:
+        a, w2 = quantize_activations(A, recipe), W.mT[:, :, :N].contiguous()
+        w1, w3 = (quantize_weights(W.mT, recipe) for _ in range(2))
+        return (
+            swiglu_experts(a, w1, w2, w3, offs, recipe) @ A.new_ones(K, N)
+            + swiglu_experts(A, w1, w2, w3, offs, recipe)[:, :N]
+        )
+
+    for function, recipe in (
+        (run, "fp8_rowwise"),
+        (run, "mxfp8_rceil"),
+        (experts, "fp8_rowwise"),
+        *((linear, recipe) for recipe in ("rowwise", "blockwise", "tensorwise", "mxfp8_cublas")),
+    ):
         results = []
-        for function in (run, torch.compile(run, fullgraph=True, backend=BACKEND)):
+        for form in (function, torch.compile(function, fullgraph=True, backend=BACKEND)):
             a, w = A.detach().requires_grad_(), W.detach().requires_grad_()
-            out = function(a, w, recipe)
+            out = form(a, w, recipe)
             results.append((out.detach(), *torch.autograd.grad(out, (a, w), dOut)))
         for eager, compiled in zip(*results, strict=True):
             assert_compiled_close(compiled, eager)
@@ -197,6 +263,10 @@ def test_linear(device: str, recipe: str) -> None:
         return out.detach(), *gradients
 
     qx, qw = quantize_activations(x, config), quantize_weights(weight, config)
+    if config.format != "fp8_tensorwise":
+        row = qx.map(lambda part: part[0, 0])
+        torch.testing.assert_close(scaled_linear(row, qw, bias, config), run(x, weight)[0][0, 0])
+    assert scaled_linear(x.half(), qw, None, config).dtype == torch.float16
     out = run(x, weight)[0]
     assert_equal(run(x, qw), (out, run(x, dequantize(qw))[1]))
     assert_equal(run(qx, weight), (out, run(dequantize(qx), weight)[2]))
@@ -224,18 +294,43 @@ def test_experts(device: str, recipe: str) -> None:
     for tokens in (x, given):
         assert torch.equal(swiglu_experts(tokens, *operands, offs, recipe, order), want)
     assert torch.equal(swiglu_experts(quantize_activations(rows, recipe), *operands, offs, recipe), want)
-    leaf = x.clone().requires_grad_()
-    swiglu_experts(leaf, *operands, offs, recipe, order).sum().backward()
-    plain = x.clone().requires_grad_()
-    swiglu_experts(plain, *(w.detach() for w in (w1, w2, w3)), offs, recipe, order).sum().backward()
-    assert oracle.sqnr(arrays(plain.grad), arrays(leaf.grad)) > 20
+    for weights in (operands, (w1, w2, w3)):  # the gradients, of the operands' values
+        results = []
+        for of_operands in (True, False):
+            leaf = (x if weights is operands else dequantize(given)).clone().requires_grad_()
+            ws = [w.detach().requires_grad_() if isinstance(w, Tensor) else w for w in weights]
+            leaves = [leaf] if weights is operands else ws
+            if of_operands:
+                out = swiglu_experts(leaf if weights is operands else given, *ws, offs, recipe, order)
+            else:
+                one, two, three = (w if isinstance(w, Tensor) else dequantize(w) for w in ws)
+                rows = permute_tokens(leaf, order)
+                gates, ups = (scaled_grouped_mm(rows, w.mT, offs, recipe) for w in (one, three))
+                out = scaled_grouped_mm(F.silu(gates) * ups, two.mT, offs, recipe)
+            results.append((out.detach(), *torch.autograd.grad(out.sum(), leaves)))
+        assert_equal(*results)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_transforms_are_refused() -> None:
+    A, W, offs, _ = tensors("cpu")
+    a = quantize_activations(A, "fp8_rowwise")
+
+    def run(scale: Tensor) -> Tensor:
+        return scaled_grouped_mm(changed(a, scale=scale), W.mT, offs, "fp8_rowwise")
+
+    for call in (
+        lambda: torch.func.vmap(run)(a.scale.expand(2, -1)),
+        lambda: torch.func.vmap(lambda x: quantize_activations(x, "fp8_rowwise").data)(A.expand(2, -1, -1)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"transforms of torch\.func"):
+            call()
+
+
 def test_errors() -> None:
-    A, W, *_ = tensors("cpu")
+    A, W, offs, _ = tensors("cpu")
     a, b = quantize_activations(A, "fp8_rowwise"), quantize_weights(W.mT, "fp8_rowwise")
     for message, run in (
         (r"A.format is 'fp8_rowwise' and the config's 'mxfp8_rceil'", lambda: mm(a, W.mT, "mxfp8_rceil")),
@@ -244,7 +339,15 @@ def test_errors() -> None:
         (r"B_t.data is .*; give torch.float8_e4m3fn of 3 dimensions", lambda: mm(A, a)),
         (r"A.scale is torch.float32 \(300, 1\); give torch.float32 \(300,\)", lambda: mm(widened(a), W.mT)),
         (r"A has K=160 columns and B_t \(5, 144, 160\) has K=144", lambda: mm(a, W)),
-        (r"K=24 is not a positive multiple of 16", lambda: mm(changed(a, data=a.data[:, :24]), W[..., :24].mT)),
+        (r"K=24 of A is not a positive multiple of 16", lambda: mm(changed(a, data=a.data[:, :24]), W[..., :24].mT)),
+        (r"operand.scale is torch.float32 \(1,\); give torch.float32 \(300,\)",
+         lambda: dequantize(changed(a, scale=a.scale[:1]))),
+        (r"operand.format is 'fp4'", lambda: dequantize(changed(a, format="fp4"))),
+        (r"operand.data is torch.uint8", lambda: dequantize(changed(a, data=a.data.view(torch.uint8)))),
+        (r"w1.format is 'mxfp8_rceil' and the config's 'fp8_rowwise'",
+         lambda: swiglu_experts(A, quantize_weights(W.mT, "mxfp8_rceil"), b, b, offs, "fp8_rowwise")),
+        (r"K=18 of x is not a positive multiple of 16", lambda: quantize_activations(A[:, :18], "fp8_rowwise")),
+        (r"N=24 of weight is not a positive", lambda: quantize_weights(W[:, :24].mT, "fp8_rowwise")),
         (r"offs is QuantizedOperand", lambda: scaled_grouped_mm(A, W.mT, b)),
         (r"config=bf16 quantizes nothing", lambda: quantize_activations(A, "bf16")),
         (r"weight has shape \(144, 160\); fp8_rowwise quantizes weights B_t",

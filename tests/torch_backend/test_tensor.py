@@ -111,6 +111,9 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "adjoint": lambda w: w.adjoint(),
     "torch.adjoint": lambda w: torch.adjoint(w),
     "mH": lambda w: w.mH,
+    "moveaxis": lambda w: w.moveaxis(0, 2),
+    "T of one": lambda w: w[1].T,
+    "H of one": lambda w: w[1].H,
     "index_select": lambda w: w.index_select(0, torch.tensor([2, 0])),
     "torch.index_select": lambda w: torch.index_select(w, 1, torch.tensor([2, 0])),
     "cat": lambda w: torch.cat([w, w], dim=1),
@@ -313,6 +316,34 @@ def test_compile(recipe: str) -> None:
     targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert "xmoe.grouped_mm_forward.default" in targets
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("form", ["mT", "mH", "data", "T", "H", "moveaxis", "adjoint"])
+def test_compiled_views(form: str) -> None:
+    """Attributes and methods that turn a parameter around are traced, and so is the product with what they give."""
+    model = nn.ParameterList([nn.Parameter(weight(torch.bfloat16))])
+    assert is_wrapped(model[0])
+    A = activations()
+
+    def product(A: Tensor) -> Tensor:
+        if form in "TH":
+            return A @ getattr(model[0][1], form)
+        turned = getattr(model[0].mT.data.mT if form == "data" else model[0], "mT" if form == "data" else form)
+        turned = turned(1, 2) if form == "moveaxis" else turned() if form == "adjoint" else turned
+        return torch._grouped_mm(A, turned, offs=OFFS)
+
+    counter = CompileCounterWithBackend(BACKEND)
+    assert torch.equal(torch.compile(product, backend=counter, fullgraph=True)(A), product(A))
+    targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert "xmoe.grouped_mm_forward.default" in targets
+
+
+def test_products_without_experts() -> None:
+    """Of no expert nothing is multiplied, as with plain weights."""
+    w = weight(torch.bfloat16)
+    out = torch.bmm(torch.randn(0, 3, 64, dtype=torch.bfloat16), w.mT[torch.zeros(0, dtype=torch.long)])
+    assert type(out) is torch.Tensor
+    assert (out.shape, out.dtype) == ((0, 3, 48), torch.bfloat16)
 
 
 def test_compile_fused_weights() -> None:
