@@ -14,4 +14,4 @@ def assert_compiled_close(compiled: Tensor, eager: Tensor) -> None:
     if BACKEND == "aot_eager":
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
     else:
-        assert oracle.sqnr(eager.detach().float(), compiled.detach().float()) >= 30
+        assert oracle.sqnr(eager.detach().float().cpu().numpy(), compiled.detach().float().cpu().numpy()) >= 30
