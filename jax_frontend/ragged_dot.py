@@ -13,7 +13,9 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from xmoe.jax_frontend import bridge, emulation
+from xmoe.jax_frontend.autodiff import named, once_differentiable
 from xmoe.jax_frontend.emulation import Saved, varying_axes
+from xmoe.jax_frontend.permute import rotate_rows
 from xmoe.jax_frontend.plan import Plan, make_plan
 
 _log = logging.getLogger(__name__)
@@ -63,33 +65,51 @@ def ragged_dot(
             f"precision={precision!r} is not supported; use None, with config.accumulation='precise' for more "
             "exact sums, or jax.lax.ragged_dot for float32 operands"
         )
-    if group_offset is not None:
-        raise ValueError("group_offset is not supported; use None, and give this shard's own rows, sizes and weights")
     if out_sharding is not None:
         raise ValueError("out_sharding is not supported; use None, and call ragged_dot inside jax.shard_map")
-    plan = make_plan(lhs, rhs, group_sizes, preferred_element_type, config, transpose_rhs, implementation)
+    plan = make_plan(lhs, rhs, group_sizes, preferred_element_type, config, transpose_rhs, implementation, group_offset)
     if plan.config.debug:
         jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
-    offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    return _ragged_dot(plan, *vary_together(lhs, rhs, offs))
+    if group_offset is None:
+        return _ragged_dot(plan, *vary_together(lhs, rhs, jnp.cumsum(group_sizes, dtype=jnp.int32)))
+    # The kernels know groups from row 0 on.
+    lhs, rhs, offs, first = vary_together(lhs, rhs, *_from_offset(plan, group_sizes, group_offset))
+    return rotate_rows(_ragged_dot(plan, rotate_rows(lhs, first), rhs, offs), -first)
+
+
+def _from_offset(plan: Plan, group_sizes: jax.Array, group_offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the groups that rhs holds: their ends, counted from their first row, and that row. ``group_sizes`` [E] are
+    those of all."""
+    E = group_sizes.shape[0]
+    held = jnp.clip(group_offset.reshape(()), 0, E - plan.G).astype(jnp.int32)
+    before = jnp.where(jnp.arange(E) < held, group_sizes, 0)
+    first = jnp.clip(before.sum(dtype=jnp.int32), 0, plan.M)
+    ends = jnp.cumsum(jax.lax.dynamic_slice_in_dim(group_sizes, held, plan.G), dtype=jnp.int32)
+    return jnp.minimum(ends, plan.M - first), first
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ragged_dot(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array) -> jax.Array:
-    return _forward(plan, lhs, rhs, offs)[0]
+    return forward(plan, lhs, rhs, offs)[0]
 
 
 def _ragged_dot_fwd(plan: Plan, lhs: Any, rhs: Any, offs: Any) -> tuple[jax.Array, Any]:
     """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
-    out, saved, b_amax = _forward(plan, lhs.value, rhs.value, offs.value, save=rhs.perturbed, save_amax=lhs.perturbed)
-    return out, (saved if rhs.perturbed else None, rhs.value if lhs.perturbed else None, offs.value, b_amax)
+    operands = once_differentiable("ragged_dot", lhs.value, rhs.value)
+    out, saved, b_amax = forward(plan, *operands, offs.value, save=rhs.perturbed, save_amax=lhs.perturbed)
+    return named("xmoe_out", out), (
+        named("xmoe_lhs", saved) if rhs.perturbed else None,
+        rhs.value if lhs.perturbed else None,
+        offs.value,
+        named("xmoe_amax", b_amax),
+    )
 
 
 def _ragged_dot_bwd(plan: Plan, residuals: Any, dout: Any) -> tuple[jax.Array | None, jax.Array | None, None]:
     saved, rhs, offs, b_amax = residuals
     if isinstance(dout, SymbolicZero) or (saved is None and rhs is None):
         return None, None, None
-    return *backward(plan, dout, saved, rhs, offs, b_amax), None
+    return *backward(plan, *once_differentiable("ragged_dot", dout), saved, rhs, offs, b_amax), None
 
 
 _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)
@@ -98,9 +118,11 @@ _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)
 # --------------------------------------------------------------------------------------------------------- the engines
 
 
-def _forward(
+def forward(
     plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool = False, save_amax: bool = False
 ) -> tuple[jax.Array, Saved, jax.Array | None]:
+    """out [M, N]; with ``save`` what `backward` needs of lhs (else ``()``); with ``save_amax``, where they come at no
+    cost, the maxima of rhs that it can use."""
     if plan.engine == "bridge":
         return bridge.forward(plan, lhs, rhs, offs, save=save, save_amax=save_amax)
     return *emulation.forward(lhs, _as_gkn(plan, rhs), offs, plan.config, plan.out_dtype, save_tokens=save), None
