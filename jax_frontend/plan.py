@@ -227,14 +227,13 @@ def _check_sizes(group_sizes: jax.Array, G: int, of: str, group_offset: jax.Arra
 def _engine(config: GroupedMMConfig, implementation: str | None, where: str, **operands: jax.Array) -> Engine:
     """Whose kernels run. Raises ValueError where these cannot, or cannot on ``operands``."""
     engine = _engine_on(config, implementation, where)
-    if engine == "bridge":
-        check_placement(**operands)
+    check_placement(engine, **operands)
     return engine
 
 
-def check_placement(**operands: jax.Array) -> None:
-    """Raises ValueError for an operand of the bridge that jit's partitioner may split: it knows nothing of a callback,
-    gathers the whole operand on every device, and has each do all of the work.
+def check_placement(engine: Engine, **operands: jax.Array) -> None:
+    """Raises ValueError for an operand that automatic sharding splits, or, on the bridge, may split: XLA's partitioner
+    knows nothing of a callback, gathers whole operands on every device, and has each do all of the work.
 
     What a trace shows is an operand's mesh, with the kind of its axes: Explicit ones with what they split, Auto ones
     without. Not seen: arrays that come without a mesh, and are given one later, by ``in_shardings`` or a constraint.
@@ -243,15 +242,17 @@ def check_placement(**operands: jax.Array) -> None:
     for name, array in operands.items():
         sharding: Any = getattr(jax.typeof(array), "sharding", None)
         meshes = [around] if sharding is None else [sharding.mesh, around]
-        split = [axis for mesh in meshes for axis in _axes(mesh, AxisType.Auto)]
+        auto = [axis for mesh in meshes for axis in _axes(mesh, AxisType.Auto)] if engine == "bridge" else []
+        explicit = []
         if sharding is not None:
             parts = [axis for part in sharding.spec for axis in (part if isinstance(part, tuple) else (part,))]
-            split += [axis for axis in _axes(sharding.mesh, AxisType.Explicit) if axis in parts]
-        if split:
+            explicit = [axis for axis in _axes(sharding.mesh, AxisType.Explicit) if axis in parts]
+        if auto or explicit:
+            axes = ", ".join(map(repr, dict.fromkeys(auto + explicit)))
+            instead = "" if explicit else ", or use implementation='jax'"
             raise ValueError(
-                f"{name} is sharded automatically, over {', '.join(map(repr, dict.fromkeys(split)))} of the mesh: "
-                "xmoe's kernels work on what is local, so call the op inside jax.shard_map over all axes of the mesh "
-                "(in_specs=P() for what every device holds), or use implementation='jax'"
+                f"{name} is on a mesh, sharded automatically over {axes}: xmoe works on what is local, so call the op "
+                f"inside jax.shard_map over all axes of the mesh (in_specs=P() for what every device holds){instead}"
             )
 
 
