@@ -38,6 +38,10 @@ def swiglu_experts(
     gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not divide H (32 in
     MX formats, 128 in ``fp8_blockwise``), and only there, it is three `ragged_dot`.
 
+    **Saved for the backward**, a row: 4 H bytes, the gate and up projections in the dtype of ``x`` (8 H in float32), and
+    the wgrad operands of ``x`` and of the hidden activations, of D and H features with the bytes of `ragged_dot`'s
+    table (where that is ``lhs`` itself: ``x`` alone). With ``order`` 8 bytes more. Names: `RESIDUAL_NAMES`.
+
     With ``order`` the tokens come as the router saw them, and are quantized through the permutation: no sorted copy of
     them is made. The result is sorted by expert either way; `combine` takes it back.
 
@@ -46,14 +50,14 @@ def swiglu_experts(
             rows past the last come out as zeros.
         w1, w3: [G, H, D], gate and up, bfloat16 or float32. D and H are multiples of 16.
         w2: [G, D, H], down, in the dtype of w1 and w3.
-        group_sizes: [G], of any integer dtype; its values are not checked, nor are those of ``order``.
+        group_sizes: [G], of any integer dtype; values as in `ragged_dot`. Those of ``order`` are not checked.
         config: a `GroupedMMConfig`, a recipe (enum or name), or None for the bfloat16 baseline.
         order: [M], M = T * k, the slot of each row (`permute_tokens`): row r is token ``order[r] // k``.
         implementation: as in `ragged_dot`.
 
     Raises:
         ValueError: at trace time, naming the argument, its value and the fix.
-        ImportError: torch, which the bridge needs, cannot be imported.
+        ImportError: torch or Triton, which the bridge needs, cannot be imported.
     """
     plan = make_experts_plan(x, w1, w2, w3, group_sizes, config, implementation, order)
     if plan.config.debug:

@@ -40,8 +40,31 @@ def ragged_dot(
 
     The rows of group g follow those of group g-1; rows past the last group come out as zeros, in the output and in the
     gradient. Sizes are data: where their sum exceeds M the last groups are cut, and no value reads or writes out of
-    bounds. For the backward stay ``rhs`` and of ``lhs`` its 8-bit wgrad operand (K bytes a token, each group padded to
-    128 tokens, and the scales), or ``lhs`` itself, in its dtype, where ``config`` computes the weight gradient in bf16.
+    bounds.
+
+    **Saved for the backward**: ``rhs`` itself, 4 bytes a group, and of ``lhs``, if somebody wants the gradient of
+    ``rhs``, bytes a token:
+
+    =====================================  ==================================================================
+    bf16, ``..._wgrad_with_hp``            2 K, or 4 K in float32: ``lhs`` itself
+    ``fp8_rowwise``                        K, and 4 G K in all
+    ``fp8_blockwise``, ``mxfp8_...``       K + K / 32
+    =====================================  ==================================================================
+
+    with each group's tokens padded to a multiple of 128 (8-bit data of MX formats are not on sm_89 and sm_90). With
+    ``transpose_rhs``, `fp8_rowwise` also saves 4 G K bytes of maxima of ``rhs`` on a GPU. `RESIDUAL_NAMES` has the
+    names for the policies of `jax.checkpoint`.
+
+    **Layouts**: an array's layout is row-major where the kernels get it. Both ways of storing weights are read as they
+    lie, [G, K, N] and, with ``transpose_rhs``, [G, N, K]; a transposition in JAX (``rhs.swapaxes(1, 2)``) is a copy.
+    float32 operands are quantized without a copy in between; the bf16 baseline casts them in scratch memory.
+
+    **Transformations**: reverse-mode differentiation, once (of the gradient there is none: it raises ValueError; forward
+    mode raises TypeError); `jax.checkpoint`, `scan`, `cond`, `shard_map`. `vmap` is a loop over calls: each element
+    has its own ``group_sizes`` and its own scales, and what all share is quantized again for each. One call with B * G
+    groups is faster. Sharding is `shard_map`'s: kernels cannot be split automatically. An operand that the trace shows
+    to be is a ValueError; where it does not show (arguments without a mesh, with ``in_shardings``) XLA gathers the
+    operands, and every device does all of the work.
 
     Args:
         lhs: [M, K], bfloat16 or float32. K and N are multiples of 16.
@@ -50,7 +73,10 @@ def ragged_dot(
         precision: None or DEFAULT. HIGH, HIGHEST and algorithms are refused, because the operands have 8 or 16 bits
             whatever the precision; what is left to choose is ``config.accumulation``.
         preferred_element_type: bfloat16 or float32; None: ``config.out_dtype``, or else the dtype of ``lhs``.
-        group_offset, out_sharding: only None; here for the signature of `jax.lax.ragged_dot`.
+        group_offset: one integer, shape (1,) or (): ``rhs`` holds groups from this one on, and ``group_sizes`` [E] are
+            those of all; rows of other groups come out as zeros. Clipped to [0, E - G]. Costs a copy of ``lhs`` and of
+            the output, forward and backward.
+        out_sharding: only None; here for the signature of `jax.lax.ragged_dot`.
         config: a `GroupedMMConfig`, a recipe (enum or name, see `xmoe.RECIPES`), or None for the bfloat16 baseline.
         transpose_rhs: ``rhs`` is [G, N, K], as PyTorch stores linear weights; nothing is copied.
         implementation: "bridge" (xmoe's kernels through torch), "jax" (plain JAX on any backend), or None: the
@@ -58,7 +84,7 @@ def ragged_dot(
 
     Raises:
         ValueError: at trace time, naming the argument, its value and the fix.
-        ImportError: torch, which the bridge needs, cannot be imported.
+        ImportError: torch or Triton, which the bridge needs, cannot be imported.
     """
     if precision not in (None, jax.lax.Precision.DEFAULT, "default"):
         raise ValueError(

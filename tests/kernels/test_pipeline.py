@@ -209,7 +209,9 @@ def test_what_is_saved_alone_is_what_the_forward_saves(recipe, device, backend, 
     if not backend.hardware or device.type == "cpu":
         monkeypatch.setattr(call, "programs", lambda index: 3)
         monkeypatch.setattr(call, "grouped_gemm_hopper", TritonGemm())
-        monkeypatch.setattr(call.grouped_gemm, "grouped_mm", lambda *args, **options: None)  # only what is saved matters
+        monkeypatch.setattr(
+            call.grouped_gemm, "grouped_mm", lambda *args, **options: None
+        )  # only what is saved matters
         options = {"dtype": torch.float32, "M": 150, "K": 48, "N": 32, "where": "cpu"}
     run = Run(config, "short", device=device, **options)
     pipeline.forward(run.problem, config, device, run.A, run.B, run.offs, run.outputs, run.scratch)
