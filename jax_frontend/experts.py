@@ -38,9 +38,9 @@ def swiglu_experts(
     gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not divide H (32 in
     MX formats, 128 in ``fp8_blockwise``), and only there, it is three `ragged_dot`.
 
-    **Saved for the backward**, a row: 4 H bytes, the gate and up projections in the dtype of ``x`` (8 H in float32), and
-    the wgrad operands of ``x`` and of the hidden activations, of D and H features with the bytes of `ragged_dot`'s
-    table (where that is ``lhs`` itself: ``x`` alone). With ``order`` 8 bytes more. Names: `RESIDUAL_NAMES`.
+    **Saved for the backward**, a row: 4 H bytes, the gate and up projections in the dtype of ``x`` (8 H in float32),
+    and the wgrad operands of ``x`` and of the hidden activations, of D and H features with the bytes of `ragged_dot`'s
+    table (where that is ``lhs`` itself: ``x`` alone). With ``order`` 4 or 8 bytes more. Names: `RESIDUAL_NAMES`.
 
     With ``order`` the tokens come as the router saw them, and are quantized through the permutation: no sorted copy of
     them is made. The result is sorted by expert either way; `combine` takes it back.

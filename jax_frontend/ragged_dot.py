@@ -59,12 +59,12 @@ def ragged_dot(
     lie, [G, K, N] and, with ``transpose_rhs``, [G, N, K]; a transposition in JAX (``rhs.swapaxes(1, 2)``) is a copy.
     float32 operands are quantized without a copy in between; the bf16 baseline casts them in scratch memory.
 
-    **Transformations**: reverse-mode differentiation, once (of the gradient there is none: it raises ValueError; forward
-    mode raises TypeError); `jax.checkpoint`, `scan`, `cond`, `shard_map`. `vmap` is a loop over calls: each element
-    has its own ``group_sizes`` and its own scales, and what all share is quantized again for each. One call with B * G
-    groups is faster. Sharding is `shard_map`'s: kernels cannot be split automatically. An operand that the trace shows
-    to be is a ValueError; where it does not show (arguments without a mesh, with ``in_shardings``) XLA gathers the
-    operands, and every device does all of the work.
+    **Transformations**: reverse-mode differentiation, once (that of a gradient raises ValueError, forward mode
+    TypeError), `jax.checkpoint`, `scan`, `cond` and `shard_map`. `vmap` is a loop over calls: each element has its own
+    ``group_sizes`` and its own scales, and what all share is quantized again for each; one call with the groups of all
+    elements is faster. Sharding is `shard_map`'s alone, because kernels cannot be split automatically: an operand that
+    would be raises ValueError if the trace shows it. Where it does not (arguments without a mesh, and ``in_shardings``)
+    XLA gathers the operands, and every device does all of the work.
 
     Args:
         lhs: [M, K], bfloat16 or float32. K and N are multiples of 16.
@@ -121,8 +121,8 @@ def _ragged_dot(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array) -> 
 
 def _ragged_dot_fwd(plan: Plan, lhs: Any, rhs: Any, offs: Any) -> tuple[jax.Array, Any]:
     """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
-    operands = once_differentiable("ragged_dot", lhs.value, rhs.value)
-    out, saved, b_amax = forward(plan, *operands, offs.value, save=rhs.perturbed, save_amax=lhs.perturbed)
+    a, b = once_differentiable("ragged_dot", lhs.value, rhs.value)
+    out, saved, b_amax = forward(plan, a, b, offs.value, save=rhs.perturbed, save_amax=lhs.perturbed)
     return named("xmoe_out", out), (
         named("xmoe_lhs", saved) if rhs.perturbed else None,
         rhs.value if lhs.perturbed else None,
@@ -135,7 +135,8 @@ def _ragged_dot_bwd(plan: Plan, residuals: Any, dout: Any) -> tuple[jax.Array | 
     saved, rhs, offs, b_amax = residuals
     if isinstance(dout, SymbolicZero) or (saved is None and rhs is None):
         return None, None, None
-    return *backward(plan, *once_differentiable("ragged_dot", dout), saved, rhs, offs, b_amax), None
+    (dout,) = once_differentiable("ragged_dot", dout)
+    return *backward(plan, dout, saved, rhs, offs, b_amax), None
 
 
 _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)

@@ -74,8 +74,12 @@ def _compute(plan: Plan, lhs: jax.Array, dout: jax.Array, offs: jax.Array) -> ja
 
 
 def _wgrad_fwd(plan: Plan, lhs: Any, dout: Any, offs: Any) -> tuple[jax.Array, Any]:
-    drhs = _compute(plan, *once_differentiable("ragged_dot_wgrad", lhs.value, dout.value), offs.value)
-    return drhs, (lhs.value if dout.perturbed else None, dout.value if lhs.perturbed else None, offs.value)
+    a, d = once_differentiable("ragged_dot_wgrad", lhs.value, dout.value)
+    return _compute(plan, a, d, offs.value), (
+        lhs.value if dout.perturbed else None,
+        dout.value if lhs.perturbed else None,
+        offs.value,
+    )
 
 
 def _wgrad_bwd(plan: Plan, residuals: Any, weights: Any) -> tuple[jax.Array | None, jax.Array | None, None]:

@@ -225,7 +225,7 @@ def test_a_tpu_has_no_bridge(make: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert calls[make](None, None).engine == "jax"
     with pytest.raises(ValueError, match="implementation='bridge' runs on GPU and CPU, not on tpu; use implementation"):
         calls[make](None, "bridge")
-    with pytest.raises(ValueError, match="kernel_preference=triton asks for GPU kernels, but .* a TPU; use"):
+    with pytest.raises(ValueError, match=r"kernel_preference=triton asks for GPU kernels, but .* a TPU; use"):
         calls[make](FP8GroupedMMConfig(kernel_preference="triton"), None)
 
 
