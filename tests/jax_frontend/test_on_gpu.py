@@ -1,5 +1,5 @@
-"""The transformations that touch what XLA does with the kernels, on a GPU: several runs each, so that XLA replays recorded
-launches, on changing data."""
+"""The transformations that touch what XLA does with the kernels, on a GPU: several runs each, on changing data, so that
+XLA replays recorded launches."""
 
 import functools
 from collections.abc import Callable
@@ -46,7 +46,8 @@ def plain(config: Any) -> Step:
 def assert_same_bytes(got: Step, want: Step) -> None:
     for seed in range(RUNS):
         args = inputs(seed)
-        for x, y in zip(jax.tree.leaves(got(*args)), jax.tree.leaves(want(*args)), strict=True):
+        expected = want(*args)  # first: `got` may take its arguments for itself
+        for x, y in zip(jax.tree.leaves(got(*args)), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(bytes_of(x), bytes_of(y))
 
 
