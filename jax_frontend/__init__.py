@@ -10,17 +10,23 @@ except ImportError as error:
 
 from typing import TYPE_CHECKING, Any
 
+from xmoe.jax_frontend.autodiff import OUTPUT_NAME as OUTPUT_NAME
+from xmoe.jax_frontend.autodiff import RESIDUAL_NAMES as RESIDUAL_NAMES
 from xmoe.jax_frontend.experts import swiglu_experts as swiglu_experts
 from xmoe.jax_frontend.permute import combine as combine
 from xmoe.jax_frontend.permute import permute_tokens as permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
 from xmoe.jax_frontend.weights import from_torch as from_torch
 from xmoe.jax_frontend.weights import to_torch as to_torch
+from xmoe.jax_frontend.wgrad import ragged_dot_wgrad as ragged_dot_wgrad
 
 if TYPE_CHECKING:
     from xmoe.jax_frontend.moe import MoE as MoE
 
-__all__ = ["MoE", "combine", "from_torch", "permute_tokens", "ragged_dot", "swiglu_experts", "to_torch"]
+__all__ = [
+    "OUTPUT_NAME", "RESIDUAL_NAMES", "MoE", "combine", "from_torch", "permute_tokens", "ragged_dot", "ragged_dot_wgrad",
+    "swiglu_experts", "to_torch",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

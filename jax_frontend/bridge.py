@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.buffer_callback import buffer_callback
 
-from xmoe.config import GroupedMMConfig
+from xmoe.config import GroupedMMConfig, KernelPreference
 from xmoe.jax_frontend.emulation import Saved, varying_axes
 from xmoe.jax_frontend.plan import ExpertsPlan, Plan
 
@@ -40,6 +40,14 @@ def forward(
     got = _run(_forward_call(plan, save, save_amax and plan.transpose_rhs), lhs, rhs, offs)
     tokens = tuple(got[name] for name in ("a_tokens", "a_tokens_scale") if name in got)
     return got["out"], tokens or ((lhs,) if save else ()), got.get("b_amax")
+
+
+def wgrad_operand(plan: Plan, lhs: jax.Array, offs: jax.Array) -> Saved:
+    """What `backward` needs of lhs for drhs, without a forward."""
+    if _pipeline().saves_input(plan.config):
+        return (lhs,)
+    got = _run(_save_call(plan), lhs, offs)
+    return got["a_tokens"], got["a_tokens_scale"]
 
 
 def backward(
@@ -64,6 +72,22 @@ def has_kernels(config: GroupedMMConfig, platform: str) -> bool:
     ask `obstacle` first.
     """
     return _implementation(config, platform).gemm != "emulated"
+
+
+def without_kernels(config: GroupedMMConfig, platform: str) -> str:
+    """Why `has_kernels` is False, and what would help; "" where it is True.
+
+    Raises ImportError if that is for want of Triton alone: nobody with a GPU means to do without.
+    """
+    if platform == "gpu" and config.kernel_preference is not KernelPreference.EMULATED and not _device("gpu").triton:
+        raise ImportError(
+            "xmoe's kernels need Triton, which cannot be imported: pip install triton, or stay in JAX with "
+            "implementation='jax'"
+        )
+    implementation = _implementation(config, platform)
+    if implementation.gemm != "emulated":
+        return ""
+    return "; ".join(text for text in (implementation.reason, implementation.advice) if text)
 
 
 def obstacle(platform: str) -> str:
@@ -91,7 +115,7 @@ class _Call:
         self,
         spec: "pipeline.Spec",
         function: Callable[..., None],
-        implementation: "Implementation",
+        plan: Plan | ExpertsPlan,
         aliases: dict[int, int] | None = None,
     ) -> None:
         """`aliases`: inputs that become outputs, by their positions; they come as outputs only."""
@@ -100,7 +124,8 @@ class _Call:
         self.outputs = (*spec.outputs,)
         self.shapes = [jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(tensor.dtype)) for tensor in shapes.values()]
         # Emulations wait for the device, and torch's GEMM allocates: neither can be recorded into a CUDA graph.
-        self.recordable = implementation.gemm == "triton"
+        recordable = _implementation(plan.config, plan.platform).gemm == "triton"
+        self.recordable = recordable and plan.config.command_buffer
 
         def callback(ctx: Any, buffers: Any, *inputs: Any) -> None:
             with _on_stream(ctx, buffers[0]):
@@ -135,13 +160,28 @@ def _forward_call(plan: Plan, save: bool, save_amax: bool = False) -> _Call:
     def run(outputs: "pipeline.Tensors", scratch: "pipeline.Tensors", A: Any, B: Any, offs: Any) -> None:
         pipeline.forward(problem, config, device, A, B.mT if plan.transpose_rhs else B, offs, outputs, scratch)
 
-    return _Call(spec, run, _implementation(config, plan.platform))
+    return _Call(spec, run, plan)
+
+
+@functools.lru_cache(maxsize=4096)
+def _save_call(plan: Plan) -> _Call:
+    pipeline = _pipeline()
+    problem, config, device = _problem(plan), plan.config, _device(plan.platform)
+    if plan.platform == "gpu":
+        _warm_up(problem, config, save=True)
+
+    def run(outputs: "pipeline.Tensors", scratch: "pipeline.Tensors", A: Any, offs: Any) -> None:
+        pipeline.save(problem, config, device, A, offs, outputs, scratch)
+
+    return _Call(pipeline.saved_spec(problem, config, device), run, plan)
 
 
 @functools.lru_cache(maxsize=4096)
 def _backward_call(plan: Plan, need_dA: bool, need_dB: bool, amax_is_known: bool) -> _Call:
     pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
+    if plan.platform == "gpu":
+        _warm_up(problem, config)
     spec = pipeline.backward_spec(problem, config, device, need_dA, need_dB, amax_is_known=amax_is_known)
     if need_dB and plan.transpose_rhs:  # XLA's buffer has the layout of rhs; the kernels get its [G, K, N] view
         outputs = {**spec.outputs, "dB": pipeline.TensorSpec(plan.rhs_shape, plan.rhs_dtype)}
@@ -156,7 +196,7 @@ def _backward_call(plan: Plan, need_dA: bool, need_dB: bool, amax_is_known: bool
             outputs |= {"dB": outputs["dB"].mT} if need_dB else {}
         pipeline.backward(problem, config, device, dout, tuple(saved), B, offs, outputs, scratch, b_amax)
 
-    return _Call(spec, run, _implementation(config, plan.platform))
+    return _Call(spec, run, plan)
 
 
 # ------------------------------------------------------------------------------------------------------------- experts
@@ -230,7 +270,7 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
     pipeline = _pipeline()
     from xmoe.kernels import experts
 
-    config, device, implementation = plan.config, _device(plan.platform), _implementation(plan.config, plan.platform)
+    config, device = plan.config, _device(plan.platform)
     e = experts.Experts(plan.M, plan.D, plan.H, plan.G, plan.x_dtype, plan.w_dtype, plan.out_dtype, plan.k)
     if plan.platform == "gpu":
         for local in jax.local_devices(backend="gpu"):
@@ -243,7 +283,7 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
         def forward(outputs: Any, scratch: Any, x: Any, w1: Any, w2: Any, w3: Any, offs: Any, *order: Any) -> None:
             experts.forward(e, config, device, x, w1, w2, w3, offs, outputs, scratch, *order)
 
-        return _Call(experts.forward_spec(e, config, device, *flags), forward, implementation)
+        return _Call(experts.forward_spec(e, config, device, *flags), forward, plan)
     if stage == "gradient":
         need_dx, need_dw = flags
         spec = experts.gradient_spec(e, config, device, need_dx, need_dw)
@@ -256,14 +296,14 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
             dh, gate_up = outputs.pop("dh"), outputs.pop("gate_up")
             experts.gradient(e, config, device, dh, gate_up, offs, need_dx, need_dw, outputs, scratch)
 
-        return _Call(pipeline.Spec({**given, **spec.outputs}, spec.scratch), gradient, implementation, {1: 0, 2: 1})
+        return _Call(pipeline.Spec({**given, **spec.outputs}, spec.scratch), gradient, plan, {1: 0, 2: 1})
     if stage == "dgrad":
 
         def dgrad(outputs: Any, scratch: Any, d: Any, w1: Any, w3: Any, offs: Any, *rest: Any) -> None:
             given, (scale, w13_amax, place) = dict(zip(maps, rest, strict=False)), _optional(flags, rest[len(maps) :])
             experts.dgrad(e, config, device, d, scale, (w1, w3), offs, outputs, scratch, given, w13_amax, place)
 
-        return _Call(experts.dgrad_spec(e, config, device, amax_is_known=flags[1]), dgrad, implementation)
+        return _Call(experts.dgrad_spec(e, config, device, amax_is_known=flags[1]), dgrad, plan)
     if stage == "wgrad":
 
         def wgrad(outputs: Any, scratch: Any, d_tokens: Any, offs: Any, *rest: Any) -> None:
@@ -271,12 +311,12 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
             (scale, tokens), saved = _optional(flags, rest), rest[sum(flags) :]
             experts.wgrad(e, config, device, d_tokens, scale, saved, offs, outputs, scratch, given, tokens)
 
-        return _Call(experts.wgrad_spec(e, config, device), wgrad, implementation)
+        return _Call(experts.wgrad_spec(e, config, device), wgrad, plan)
 
     def hidden(outputs: Any, scratch: Any, gate_up: Any) -> None:
         experts.swiglu_into(gate_up, outputs["h"])
 
-    return _Call(pipeline.Spec({"h": pipeline.TensorSpec((plan.M, plan.H), plan.x_dtype)}), hidden, implementation)
+    return _Call(pipeline.Spec({"h": pipeline.TensorSpec((plan.M, plan.H), plan.x_dtype)}), hidden, plan)
 
 
 def _optional(there: tuple[bool, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -325,10 +365,12 @@ def _problem(plan: Plan) -> "pipeline.Problem":
     return _pipeline().Problem(plan.M, plan.N, plan.K, plan.G, plan.lhs_dtype, plan.rhs_dtype, plan.out_dtype)
 
 
-def _warm_up(problem: "pipeline.Problem", config: GroupedMMConfig) -> None:
-    """Compiles and loads the kernels now, on every GPU of this process: none may compile while XLA records a graph."""
+def _warm_up(problem: "pipeline.Problem", config: GroupedMMConfig, *, save: bool = False) -> None:
+    """Compiles and loads the kernels now, on every GPU of this process: none may compile while XLA records a graph.
+    With ``save`` those of `pipeline.save`, else those of forward and backward."""
+    warm_up = _pipeline().warm_up_save if save else _pipeline().warm_up
     for device in jax.local_devices(backend="gpu"):
-        _pipeline().warm_up(problem, config, _torch().device("cuda", device.local_hardware_id))
+        warm_up(problem, config, _torch().device("cuda", device.local_hardware_id))
 
 
 def _tensor(buffer: Any) -> "torch.Tensor":

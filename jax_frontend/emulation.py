@@ -183,12 +183,15 @@ def forward(
         out = grouped_mm_bf16(A, B, offs, out_dtype)
     else:
         out = grouped_mm(quantize_rows(A, fmt), quantize_weights(B, "K", fmt), offs, out_dtype)
-    if not save_tokens:
-        return out, ()
-    if fmt == "bf16" or config.wgrad_with_hp:
-        return out, (A,)
-    tokens = quantize_tokens(A, offs, fmt)
-    return out, (tokens.data, tokens.scale)
+    return out, (wgrad_operand(A, offs, config) if save_tokens else ())
+
+
+def wgrad_operand(A: jax.Array, offs: jax.Array, config: GroupedMMConfig) -> Saved:
+    """What `wgrad` needs of A [M, K]."""
+    if config.format == "bf16" or config.wgrad_with_hp:
+        return (A,)
+    tokens = quantize_tokens(A, offs, config.format)
+    return tokens.data, tokens.scale
 
 
 def dgrad(dOut: jax.Array, B: jax.Array, offs: jax.Array, config: GroupedMMConfig, out_dtype: str) -> jax.Array:

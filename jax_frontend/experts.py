@@ -4,6 +4,7 @@ M rows sorted by expert, D model width, H hidden width of an expert, G experts, 
 the stages do, and what they save beside three `ragged_dot`, is in ``kernels/experts.py``.
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from xmoe.jax_frontend import bridge, emulation
+from xmoe.jax_frontend.autodiff import named, once_differentiable
 from xmoe.jax_frontend.permute import permute_tokens, sum_slots
 from xmoe.jax_frontend.plan import ExpertsPlan, make_experts_plan
 from xmoe.jax_frontend.ragged_dot import backward as gemm_backward
@@ -36,6 +38,10 @@ def swiglu_experts(
     gradient of x is one GEMM over the gradients of both halves. Where the blocks of the format do not divide H (32 in
     MX formats, 128 in ``fp8_blockwise``), and only there, it is three `ragged_dot`.
 
+    **Saved for the backward**, a row: 4 H bytes, the gate and up projections in the dtype of ``x`` (8 H in float32),
+    and the wgrad operands of ``x`` and of the hidden activations, of D and H features with the bytes of `ragged_dot`'s
+    table (where that is ``lhs`` itself: ``x`` alone). With ``order`` 4 or 8 bytes more. Names: `RESIDUAL_NAMES`.
+
     With ``order`` the tokens come as the router saw them, and are quantized through the permutation: no sorted copy of
     them is made. The result is sorted by expert either way; `combine` takes it back.
 
@@ -44,25 +50,26 @@ def swiglu_experts(
             rows past the last come out as zeros.
         w1, w3: [G, H, D], gate and up, bfloat16 or float32. D and H are multiples of 16.
         w2: [G, D, H], down, in the dtype of w1 and w3.
-        group_sizes: [G], of any integer dtype; its values are not checked, nor are those of ``order``.
+        group_sizes: [G], of any integer dtype; values as in `ragged_dot`. Those of ``order`` are not checked.
         config: a `GroupedMMConfig`, a recipe (enum or name), or None for the bfloat16 baseline.
         order: [M], M = T * k, the slot of each row (`permute_tokens`): row r is token ``order[r] // k``.
         implementation: as in `ragged_dot`.
 
     Raises:
         ValueError: at trace time, naming the argument, its value and the fix.
-        ImportError: torch, which the bridge needs, cannot be imported.
+        ImportError: torch or Triton, which the bridge needs, cannot be imported.
     """
     plan = make_experts_plan(x, w1, w2, w3, group_sizes, config, implementation, order)
+    if plan.config.debug:
+        jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
     if not whole_blocks(plan.config.format, plan.H):
+        quiet = dataclasses.replace(plan.config, debug=False)  # reported once, not three times
         dot = functools.partial(
-            ragged_dot, group_sizes=group_sizes, config=config, transpose_rhs=True, implementation=implementation
+            ragged_dot, group_sizes=group_sizes, config=quiet, transpose_rhs=True, implementation=implementation
         )
         x = x if order is None else permute_tokens(x, order)
         gate, up = dot(x, w1), dot(x, w3)
         return dot(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up, w2)
-    if plan.config.debug:
-        jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
     offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
     permutation = () if order is None else (order.astype(jnp.int32),)
     return _swiglu_experts(plan, *vary_together(x, w1, w2, w3, offs, *permutation))
@@ -80,17 +87,21 @@ def _fwd(plan: ExpertsPlan, x: Any, w1: Any, w2: Any, w3: Any, *rest: Any) -> tu
     """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
     needs = tuple(argument.perturbed for argument in (x, w1, w2, w3))
     offs, *order = (argument.value for argument in rest)
-    got = _forward(plan, x.value, w1.value, w2.value, w3.value, offs, *order, save=True)
+    operands = once_differentiable("swiglu_experts", *(argument.value for argument in (x, w1, w2, w3)))
+    got = _forward(plan, *operands, offs, *order, save=True)
     x_saved, h_saved = (
         tuple(got[name] for name in (f"{part}_tokens", f"{part}_tokens_scale") if name in got) for part in "xh"
     )
     if not x_saved:  # the config's wgrad takes x, and h, which the backward makes again
         x_saved = (x.value,)
     permutation = {name: got[name] for name in ("place", "tokens") if name in got}
-    return got["out"], (
-        got["gate_up"], x_saved if needs[1] or needs[3] else None, h_saved if needs[2] else None,
-        w1.value, w2.value, w3.value, got.get("w13_amax"), got.get("w2_amax"), offs, permutation,
-        () if needs[0] else None,
+    return named("xmoe_out", got["out"]), (
+        named("xmoe_gate_up", got["gate_up"]),
+        named("xmoe_x", x_saved) if needs[1] or needs[3] else None,
+        named("xmoe_h", h_saved) if needs[2] else None,
+        w1.value, w2.value, w3.value,
+        *named("xmoe_amax", (got.get("w13_amax"), got.get("w2_amax"))),
+        offs, named("xmoe_order", permutation), () if needs[0] else None,
     )  # fmt: skip
 
 
@@ -99,6 +110,7 @@ def _bwd(plan: ExpertsPlan, residuals: Any, dout: Any) -> tuple[jax.Array | None
     need_dx, no_gradient = wants_dx is not None, (None,) * (2 if plan.k else 1)
     if isinstance(dout, SymbolicZero):
         return None, None, None, None, *no_gradient
+    (dout,) = once_differentiable("swiglu_experts", dout)
     if h_saved == ():
         h_saved = (bridge.swiglu(gate_up, plan) if _has_kernels(plan) else emulation.swiglu(gate_up),)
     need_dh = need_dx or x_saved is not None

@@ -85,3 +85,9 @@ def _take(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Arr
 
 _take = jax.custom_vjp(_take, nondiff_argnums=(0,))
 _take.defvjp(_take_fwd, _take_bwd)
+
+
+def rotate_rows(x: jax.Array, by: jax.Array) -> jax.Array:
+    """[M, D]: row r is x[(r + by) % M]; ``by`` is a scalar of int32. A copy of x, and one of its gradient."""
+    rows, M = jnp.arange(x.shape[0], dtype=jnp.int32), max(1, x.shape[0])
+    return _take(1, x, (rows + by) % M, (rows - by) % M)

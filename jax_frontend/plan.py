@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from xmoe.config import GroupedMMConfig, KernelPreference, as_config
 from xmoe.dtypes import dtype_name
@@ -92,12 +93,11 @@ def make_plan(
     config: Any,
     transpose_rhs: bool,
     implementation: str | None,
+    group_offset: jax.Array | None = None,
 ) -> Plan:
     """Checks a call. Raises ValueError naming the argument, its value and the fix."""
     config = as_config(config)
-    for name, array in (("lhs", lhs), ("rhs", rhs), ("group_sizes", group_sizes)):
-        if not hasattr(array, "shape"):
-            raise ValueError(f"{name} is a {type(array).__name__}; give an array, jnp.asarray({name})")
+    _check_arrays(lhs=lhs, rhs=rhs, group_sizes=group_sizes)
     if lhs.ndim != 2:
         raise ValueError(f"lhs has shape {lhs.shape}; give [M, K], with leading axes flattened by reshape(-1, K)")
     if rhs.ndim != 3 or rhs.shape[0] == 0:
@@ -110,24 +110,46 @@ def make_plan(
             f"lhs has K={lhs.shape[1]} columns (shape {lhs.shape}) and rhs, as {layout}, K={K} (shape {rhs.shape}); "
             f"give equal K, or transpose_rhs={not transpose_rhs}"
         )
-    for name, size in (("K", K), ("N", N)):
-        if size == 0 or size % FEATURE_MULTIPLE:
-            raise ValueError(
-                f"{name}={size} of rhs (shape {rhs.shape}) is not a positive multiple of {FEATURE_MULTIPLE}; "
-                "pad it with zeros"
-            )
-    if group_sizes.shape != (G,):
-        raise ValueError(f"group_sizes has shape {group_sizes.shape}; give ({G},), one size for each group of rhs")
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"group_sizes is {group_sizes.dtype}; give group_sizes.astype(jnp.int32)")
+    _check_features(f"of rhs (shape {rhs.shape}) ", K=K, N=N)
+    _check_sizes(group_sizes, G, "group of rhs", group_offset)
     lhs_dtype, rhs_dtype = dtype_name(lhs.dtype, "lhs.dtype", DTYPES), dtype_name(rhs.dtype, "rhs.dtype", DTYPES)
     if preferred_element_type is not None:
         out_dtype = dtype_name(preferred_element_type, "preferred_element_type", DTYPES)
     else:
         out_dtype = dtype_name(config.out_dtype or lhs_dtype, "config.out_dtype", DTYPES)
     where = platform()
-    engine = _engine(config, implementation, where)
+    engine = _engine(config, implementation, where, lhs=lhs, rhs=rhs, group_sizes=group_sizes)
     return Plan(M, N, K, G, lhs_dtype, rhs_dtype, out_dtype, bool(transpose_rhs), config, engine, where)
+
+
+def make_wgrad_plan(
+    lhs: jax.Array,
+    dout: jax.Array,
+    group_sizes: jax.Array,
+    preferred_element_type: Any,
+    config: Any,
+    transpose_rhs: bool,
+    implementation: str | None,
+) -> Plan:
+    """Checks a call of `ragged_dot_wgrad`; the plan is that of the `ragged_dot` whose weight gradient it is. Raises
+    ValueError naming the argument, its value and the fix."""
+    config = as_config(config)
+    _check_arrays(lhs=lhs, dout=dout, group_sizes=group_sizes)
+    for name, array, shape in (("lhs", lhs, "[M, K]"), ("dout", dout, "[M, N]")):
+        if array.ndim != 2:
+            raise ValueError(f"{name} has shape {array.shape}; give {shape}, with leading axes flattened by reshape")
+    if lhs.shape[0] != dout.shape[0]:
+        raise ValueError(f"lhs has shape {lhs.shape} and dout {dout.shape}; give the same M rows of both")
+    (M, K), N = lhs.shape, dout.shape[1]
+    _check_features("", K=K, N=N)
+    if group_sizes.ndim != 1 or group_sizes.shape[0] == 0:
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}; give [G], one size for each group of rows")
+    _check_sizes(group_sizes, group_sizes.shape[0], "group of rows")
+    lhs_dtype, dout_dtype = dtype_name(lhs.dtype, "lhs.dtype", DTYPES), dtype_name(dout.dtype, "dout.dtype", DTYPES)
+    rhs_dtype = dtype_name(preferred_element_type or lhs_dtype, "preferred_element_type", DTYPES)
+    where, G = platform(), group_sizes.shape[0]
+    engine = _engine(config, implementation, where, lhs=lhs, dout=dout, group_sizes=group_sizes)
+    return Plan(M, N, K, G, lhs_dtype, rhs_dtype, dout_dtype, bool(transpose_rhs), config, engine, where)
 
 
 def make_experts_plan(
@@ -142,9 +164,9 @@ def make_experts_plan(
 ) -> ExpertsPlan:
     """Checks a call. Raises ValueError naming the argument, its value and the fix."""
     config = as_config(config)
-    for name, array in (("x", x), ("w1", w1), ("w2", w2), ("w3", w3), ("group_sizes", group_sizes), ("order", order)):
-        if not hasattr(array, "shape") and not (name == "order" and array is None):
-            raise ValueError(f"{name} is a {type(array).__name__}; give an array, jnp.asarray({name})")
+    arrays = {"x": x, "w1": w1, "w2": w2, "w3": w3, "group_sizes": group_sizes}
+    arrays |= {} if order is None else {"order": order}
+    _check_arrays(**arrays)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; give [M, D], with leading axes flattened by reshape(-1, D)")
     if w1.ndim != 3 or w1.shape[0] == 0:
@@ -159,23 +181,88 @@ def make_experts_plan(
             raise ValueError(f"{name} has shape {w.shape}; give {shape}, to go with w1 {w1.shape}")
         if w.dtype != w1.dtype:
             raise ValueError(f"{name} is {w.dtype} and w1 {w1.dtype}; cast them to one dtype")
-    for name, size in (("D", D), ("H", H)):
-        if size == 0 or size % FEATURE_MULTIPLE:
-            raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; pad it with zeros")
-    if group_sizes.shape != (G,):
-        raise ValueError(f"group_sizes has shape {group_sizes.shape}; give ({G},), one size for each expert")
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"group_sizes is {group_sizes.dtype}; give group_sizes.astype(jnp.int32)")
+    _check_features("", D=D, H=H)
+    _check_sizes(group_sizes, G, "expert")
     x_dtype, w_dtype = dtype_name(x.dtype, "x.dtype", DTYPES), dtype_name(w1.dtype, "w1.dtype", DTYPES)
     out_dtype = dtype_name(config.out_dtype or x_dtype, "config.out_dtype", DTYPES)
     where = platform()
-    engine = _engine(config, implementation, where)
+    engine = _engine(config, implementation, where, **arrays)
     k = 0 if order is None else slots_of_token(x, order)
     M = k * x.shape[0] if k else x.shape[0]
     return ExpertsPlan(M, D, H, G, x_dtype, w_dtype, out_dtype, config, engine, where, k)
 
 
-def _engine(config: GroupedMMConfig, implementation: str | None, where: str) -> Engine:
+def _check_arrays(**arrays: Any) -> None:
+    for name, array in arrays.items():
+        if not hasattr(array, "shape"):
+            raise ValueError(f"{name} is a {type(array).__name__}; give an array, jnp.asarray({name})")
+
+
+def _check_features(where: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size == 0 or size % FEATURE_MULTIPLE:
+            raise ValueError(
+                f"{name}={size} {where}is not a positive multiple of {FEATURE_MULTIPLE}; pad it with zeros"
+            )
+
+
+def _check_sizes(group_sizes: jax.Array, G: int, of: str, group_offset: jax.Array | None = None) -> None:
+    if group_offset is not None:
+        _check_arrays(group_offset=group_offset)
+        if group_offset.shape not in ((), (1,)) or not jnp.issubdtype(group_offset.dtype, jnp.integer):
+            raise ValueError(
+                f"group_offset is {group_offset.dtype} of shape {group_offset.shape}; give one integer, shape (1,)"
+            )
+        if group_sizes.ndim != 1 or group_sizes.shape[0] < G:
+            raise ValueError(
+                f"group_sizes has shape {group_sizes.shape}; with group_offset give the sizes of all groups, of which "
+                f"rhs holds {G}"
+            )
+    elif group_sizes.shape != (G,):
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}; give ({G},), one size for each {of}")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is {group_sizes.dtype}; give group_sizes.astype(jnp.int32)")
+
+
+def _engine(config: GroupedMMConfig, implementation: str | None, where: str, **operands: jax.Array) -> Engine:
+    """Whose kernels run. Raises ValueError where these cannot, or cannot on ``operands``."""
+    engine = _engine_on(config, implementation, where)
+    check_placement(engine, **operands)
+    return engine
+
+
+def check_placement(engine: Engine, **operands: jax.Array) -> None:
+    """Raises ValueError for an operand that automatic sharding splits, or, on the bridge, may split: XLA's partitioner
+    knows nothing of a callback, gathers whole operands on every device, and has each do all of the work.
+
+    What a trace shows is an operand's mesh, with the kind of its axes: Explicit ones with what they split, Auto ones
+    without. Not seen: arrays that come without a mesh, and are given one later, by ``in_shardings`` or a constraint.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    for name, array in operands.items():
+        sharding: Any = getattr(jax.typeof(array), "sharding", None)
+        meshes = [around] if sharding is None else [sharding.mesh, around]
+        auto = [axis for mesh in meshes for axis in _axes(mesh, AxisType.Auto)] if engine == "bridge" else []
+        explicit = []
+        if sharding is not None:
+            parts = [axis for part in sharding.spec for axis in (part if isinstance(part, tuple) else (part,))]
+            explicit = [axis for axis in _axes(sharding.mesh, AxisType.Explicit) if axis in parts]
+        if auto or explicit:
+            axes = ", ".join(map(repr, dict.fromkeys(auto + explicit)))
+            instead = "" if explicit else ", or use implementation='jax'"
+            raise ValueError(
+                f"{name} is on a mesh, sharded automatically over {axes}: xmoe works on what is local, so call the op "
+                f"inside jax.shard_map over all axes of the mesh (in_specs=P() for what every device holds){instead}"
+            )
+
+
+def _axes(mesh: Any, kind: AxisType) -> list[str]:
+    """The axes of ``mesh``, of one kind, that have more than one device."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [axis for axis, its_kind in kinds if its_kind is kind and mesh.shape[axis] > 1]
+
+
+def _engine_on(config: GroupedMMConfig, implementation: str | None, where: str) -> Engine:
     preference = config.kernel_preference
     if implementation not in (None, "bridge", "jax"):
         raise ValueError(f"implementation={implementation!r} is not known; use 'bridge', 'jax' or None (by the device)")
@@ -202,7 +289,10 @@ def _engine(config: GroupedMMConfig, implementation: str | None, where: str) -> 
         if not named:
             asked, other = "implementation='bridge'", "implementation='jax'"
         raise ValueError(f"{asked} needs torch on the GPU, but {obstacle}, or use {other}")
-    return "bridge" if implementation == "bridge" or bridge.has_kernels(config, where) else "jax"
+    if (reason := bridge.without_kernels(config, where)) and implementation is None:
+        _warn_once(f"xmoe runs in plain JAX, far slower than xmoe's kernels: {reason}")
+        return "jax"
+    return "bridge"
 
 
 @functools.cache

@@ -13,7 +13,9 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from xmoe.jax_frontend import bridge, emulation
+from xmoe.jax_frontend.autodiff import named, once_differentiable
 from xmoe.jax_frontend.emulation import Saved, varying_axes
+from xmoe.jax_frontend.permute import rotate_rows
 from xmoe.jax_frontend.plan import Plan, make_plan
 
 _log = logging.getLogger(__name__)
@@ -38,8 +40,31 @@ def ragged_dot(
 
     The rows of group g follow those of group g-1; rows past the last group come out as zeros, in the output and in the
     gradient. Sizes are data: where their sum exceeds M the last groups are cut, and no value reads or writes out of
-    bounds. For the backward stay ``rhs`` and of ``lhs`` its 8-bit wgrad operand (K bytes a token, each group padded to
-    128 tokens, and the scales), or ``lhs`` itself, in its dtype, where ``config`` computes the weight gradient in bf16.
+    bounds.
+
+    **Saved for the backward**: ``rhs`` itself, 4 bytes a group, and of ``lhs``, if somebody wants the gradient of
+    ``rhs``, bytes a token:
+
+    =====================================  ==================================================================
+    bf16, ``..._wgrad_with_hp``            2 K, or 4 K in float32: ``lhs`` itself
+    ``fp8_rowwise``                        K, and 4 G K in all
+    ``fp8_blockwise``, ``mxfp8_...``       K + K / 32
+    =====================================  ==================================================================
+
+    with each group's tokens padded to a multiple of 128 (8-bit data of MX formats are not on sm_89 and sm_90). With
+    ``transpose_rhs``, `fp8_rowwise` also saves 4 G K bytes of maxima of ``rhs`` on a GPU. `RESIDUAL_NAMES` has the
+    names for the policies of `jax.checkpoint`.
+
+    **Layouts**: an array's layout is row-major where the kernels get it. Both ways of storing weights are read as they
+    lie, [G, K, N] and, with ``transpose_rhs``, [G, N, K]; a transposition in JAX (``rhs.swapaxes(1, 2)``) is a copy.
+    float32 operands are quantized without a copy in between; the bf16 baseline casts them in scratch memory.
+
+    **Transformations**: reverse-mode differentiation, once (that of a gradient raises ValueError, forward mode
+    TypeError), `jax.checkpoint`, `scan`, `cond` and `shard_map`. `vmap` is a loop over calls: each element has its own
+    ``group_sizes`` and its own scales, and what all share is quantized again for each; one call with the groups of all
+    elements is faster. Sharding is `shard_map`'s alone, because kernels cannot be split automatically: an operand that
+    would be raises ValueError if the trace shows it. Where it does not (arguments without a mesh, and ``in_shardings``)
+    XLA gathers the operands, and every device does all of the work.
 
     Args:
         lhs: [M, K], bfloat16 or float32. K and N are multiples of 16.
@@ -48,7 +73,10 @@ def ragged_dot(
         precision: None or DEFAULT. HIGH, HIGHEST and algorithms are refused, because the operands have 8 or 16 bits
             whatever the precision; what is left to choose is ``config.accumulation``.
         preferred_element_type: bfloat16 or float32; None: ``config.out_dtype``, or else the dtype of ``lhs``.
-        group_offset, out_sharding: only None; here for the signature of `jax.lax.ragged_dot`.
+        group_offset: one integer, shape (1,) or (): ``rhs`` holds groups from this one on, and ``group_sizes`` [E] are
+            those of all; rows of other groups come out as zeros. Clipped to [0, E - G]. Costs a copy of ``lhs`` and of
+            the output, forward and backward.
+        out_sharding: only None; here for the signature of `jax.lax.ragged_dot`.
         config: a `GroupedMMConfig`, a recipe (enum or name, see `xmoe.RECIPES`), or None for the bfloat16 baseline.
         transpose_rhs: ``rhs`` is [G, N, K], as PyTorch stores linear weights; nothing is copied.
         implementation: "bridge" (xmoe's kernels through torch), "jax" (plain JAX on any backend), or None: the
@@ -56,39 +84,58 @@ def ragged_dot(
 
     Raises:
         ValueError: at trace time, naming the argument, its value and the fix.
-        ImportError: torch, which the bridge needs, cannot be imported.
+        ImportError: torch or Triton, which the bridge needs, cannot be imported.
     """
     if precision not in (None, jax.lax.Precision.DEFAULT, "default"):
         raise ValueError(
             f"precision={precision!r} is not supported; use None, with config.accumulation='precise' for more "
             "exact sums, or jax.lax.ragged_dot for float32 operands"
         )
-    if group_offset is not None:
-        raise ValueError("group_offset is not supported; use None, and give this shard's own rows, sizes and weights")
     if out_sharding is not None:
         raise ValueError("out_sharding is not supported; use None, and call ragged_dot inside jax.shard_map")
-    plan = make_plan(lhs, rhs, group_sizes, preferred_element_type, config, transpose_rhs, implementation)
+    plan = make_plan(lhs, rhs, group_sizes, preferred_element_type, config, transpose_rhs, implementation, group_offset)
     if plan.config.debug:
         jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
-    offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    return _ragged_dot(plan, *vary_together(lhs, rhs, offs))
+    if group_offset is None:
+        return _ragged_dot(plan, *vary_together(lhs, rhs, jnp.cumsum(group_sizes, dtype=jnp.int32)))
+    # The kernels know groups from row 0 on.
+    lhs, rhs, offs, first = vary_together(lhs, rhs, *_from_offset(plan, group_sizes, group_offset))
+    return rotate_rows(_ragged_dot(plan, rotate_rows(lhs, first), rhs, offs), -first)
+
+
+def _from_offset(plan: Plan, group_sizes: jax.Array, group_offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the groups that rhs holds: their ends, counted from their first row, and that row. ``group_sizes`` [E] are
+    those of all."""
+    E = group_sizes.shape[0]
+    held = jnp.clip(group_offset.reshape(()), 0, E - plan.G).astype(jnp.int32)
+    before = jnp.where(jnp.arange(E) < held, group_sizes, 0)
+    first = jnp.clip(before.sum(dtype=jnp.int32), 0, plan.M)
+    ends = jnp.cumsum(jax.lax.dynamic_slice_in_dim(group_sizes, held, plan.G), dtype=jnp.int32)
+    return jnp.minimum(ends, plan.M - first), first
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ragged_dot(plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array) -> jax.Array:
-    return _forward(plan, lhs, rhs, offs)[0]
+    return forward(plan, lhs, rhs, offs)[0]
 
 
 def _ragged_dot_fwd(plan: Plan, lhs: Any, rhs: Any, offs: Any) -> tuple[jax.Array, Any]:
     """Saves for the backward what the gradients that somebody wants will need, and nothing for the others."""
-    out, saved, b_amax = _forward(plan, lhs.value, rhs.value, offs.value, save=rhs.perturbed, save_amax=lhs.perturbed)
-    return out, (saved if rhs.perturbed else None, rhs.value if lhs.perturbed else None, offs.value, b_amax)
+    a, b = once_differentiable("ragged_dot", lhs.value, rhs.value)
+    out, saved, b_amax = forward(plan, a, b, offs.value, save=rhs.perturbed, save_amax=lhs.perturbed)
+    return named("xmoe_out", out), (
+        named("xmoe_lhs", saved) if rhs.perturbed else None,
+        rhs.value if lhs.perturbed else None,
+        offs.value,
+        named("xmoe_amax", b_amax),
+    )
 
 
 def _ragged_dot_bwd(plan: Plan, residuals: Any, dout: Any) -> tuple[jax.Array | None, jax.Array | None, None]:
     saved, rhs, offs, b_amax = residuals
     if isinstance(dout, SymbolicZero) or (saved is None and rhs is None):
         return None, None, None
+    (dout,) = once_differentiable("ragged_dot", dout)
     return *backward(plan, dout, saved, rhs, offs, b_amax), None
 
 
@@ -98,9 +145,11 @@ _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd, symbolic_zeros=True)
 # --------------------------------------------------------------------------------------------------------- the engines
 
 
-def _forward(
+def forward(
     plan: Plan, lhs: jax.Array, rhs: jax.Array, offs: jax.Array, *, save: bool = False, save_amax: bool = False
 ) -> tuple[jax.Array, Saved, jax.Array | None]:
+    """out [M, N]; with ``save`` what `backward` needs of lhs (else ``()``); with ``save_amax``, where they come at no
+    cost, the maxima of rhs that it can use."""
     if plan.engine == "bridge":
         return bridge.forward(plan, lhs, rhs, offs, save=save, save_amax=save_amax)
     return *emulation.forward(lhs, _as_gkn(plan, rhs), offs, plan.config, plan.out_dtype, save_tokens=save), None

@@ -33,6 +33,7 @@ from xmoe.kernels.specs import (
     finds_maxima,
     forward_outputs,
     forward_spec,
+    saved_spec,
     saves_input,
     weights_spec,
     with_maps,
@@ -41,7 +42,8 @@ from xmoe.operands import QuantizedOperand
 
 __all__ = [
     "HAS_TRITON", "Arena", "Layout", "Problem", "Spec", "TensorSpec", "Tensors", "allocate", "backward",
-    "backward_spec", "device_of", "forward", "forward_outputs", "forward_spec", "saves_input", "warm_up",
+    "backward_spec", "device_of", "forward", "forward_outputs", "forward_spec", "save", "saved_spec", "saves_input",
+    "warm_up", "warm_up_save",
 ]  # fmt: skip
 
 
@@ -86,6 +88,36 @@ def forward(
 
     with on_device(offs):
         replayed(("forward", problem, config, device, exact), (A, B, offs, rows), (outputs, scratch), run)
+
+
+def save(
+    problem: Problem,
+    config: GroupedMMConfig,
+    device: Device,
+    A: torch.Tensor,
+    offs: torch.Tensor,
+    outputs: Tensors,
+    scratch: Tensors,
+) -> None:
+    """Write the outputs of `saved_spec`: what `forward` saves of A, where only a wgrad is wanted.
+
+    Args:
+        A, offs: as in `forward`.
+        outputs, scratch: by the names of `saved_spec`, contiguous. Without outputs nothing happens.
+    """
+    if not outputs:
+        return
+    if select(config, device).gemm == "emulated":
+        _emulated_save(config, A, offs, outputs)
+        return
+
+    def run() -> None:
+        call = Call(problem, config, device, offs, scratch)
+        call.prepare(A.shape[0], outputs, scratch)
+        call.tokens("a_tokens", A, outputs)
+
+    with on_device(offs):
+        replayed(("save", problem, config, device), (A, offs), (outputs, scratch), run)
 
 
 def backward(
@@ -152,9 +184,13 @@ def emulated_forward(
         a = QuantizedOperand(rows.data, rows.scale, "K", config.format)
     emulation.grouped_mm(a, _emulated_weights(B, "K", config.format), offs, out=out)
     if "a_tokens" in outputs:
-        tokens = emulation.quantize_tokens(A, offs, config.format)
-        _copy_bytes(outputs["a_tokens"], tokens.data)
-        _copy_bytes(outputs["a_tokens_scale"], tokens.scale)
+        _emulated_save(config, A, offs, outputs)
+
+
+def _emulated_save(config: GroupedMMConfig, A: torch.Tensor, offs: torch.Tensor, outputs: Tensors) -> None:
+    tokens = emulation.quantize_tokens(A, offs, config.format)
+    _copy_bytes(outputs["a_tokens"], tokens.data)
+    _copy_bytes(outputs["a_tokens_scale"], tokens.scale)
 
 
 def _emulated_backward(config: GroupedMMConfig, dOut, A_saved, B, offs: torch.Tensor, outputs: Tensors) -> None:
@@ -265,4 +301,20 @@ def warm_up(problem: Problem, config: GroupedMMConfig, device: torch.device) -> 
             if "dB" in grads and b is not B:
                 grads["dB"] = grads["dB"].view(1, problem.N, problem.K).mT
             backward(problem, config, view, dOut, saved, b, offs, grads, scratch)
+    torch.cuda.synchronize(device)
+
+
+@lru_cache(maxsize=4096)
+def warm_up_save(problem: Problem, config: GroupedMMConfig, device: torch.device) -> None:
+    """`warm_up` for `save`, whose backward is that of `warm_up`."""
+    if device.type != "cuda":
+        return
+    view = device_of(device.type, device.index)
+    if select(config, view).gemm == "emulated" or saves_input(config):
+        return
+    small = replace(problem, M=16, G=1)
+    A = torch.zeros(16, problem.K, dtype=getattr(torch, problem.a_dtype), device=device)
+    offs = torch.full((1,), 16, dtype=torch.int32, device=device)
+    spec = saved_spec(small, config, view)
+    save(problem, config, view, A, offs, allocate(spec.outputs, device), allocate(spec.scratch, device))
     torch.cuda.synchronize(device)

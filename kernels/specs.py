@@ -235,6 +235,18 @@ def forward_spec(
 
 
 @lru_cache(maxsize=4096)
+def saved_spec(problem: Problem, config: GroupedMMConfig, device: Device) -> Spec:
+    """Outputs: ``a_tokens`` and ``a_tokens_scale`` of `forward_outputs`, without the GEMM; nothing where the backward
+    takes A itself. Of `problem` N, and the dtypes but that of A, do not matter."""
+    p, impl = problem, select(config, device)
+    outputs = forward_outputs(p, config, impl, save_tokens=True)
+    del outputs["out"]
+    if not outputs or impl.gemm == "emulated":
+        return Spec(outputs)
+    return Spec(outputs, maxima_spec("a_tokens", p.K, p, config) | token_map(TOKEN_TILE, p))
+
+
+@lru_cache(maxsize=4096)
 def backward_spec(
     problem: Problem,
     config: GroupedMMConfig,

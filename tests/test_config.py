@@ -197,7 +197,7 @@ def test_other_dtypes_are_refused(dtype):
         (
             FP8GroupedMMConfig,
             {"recipe": "fp8_rowwise"},
-            "recipe: not a field of FP8GroupedMMConfig; .*debug, granularity$",
+            "recipe: not a field of FP8GroupedMMConfig; .*debug, command_buffer, granularity$",
         ),
         (FP8GroupedMMConfig, {"scale_calculation_mode": "rceil"}, "scale_calculation_mode: not a field of FP8"),
         (FP8GroupedMMConfig, {"_key": ""}, "_key: not a field"),

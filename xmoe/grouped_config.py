@@ -65,12 +65,15 @@ class GroupedMMConfig(GemmConfig):
     debug: bool = False
     """Check the offsets at every call, which waits for the device: for debugging only. On a bad one PyTorch raises
     ValueError and JAX logs an error: an exception on one shard would leave the others waiting for it."""
+    command_buffer: bool = True
+    """In JAX on a GPU: let XLA record the kernels into a CUDA graph and replay them without Python. No effect in
+    PyTorch, where who calls decides what is captured, nor on any number."""
 
     def _check_common(self) -> None:
         self._set("accumulation", member("accumulation", self.accumulation, Accumulation))
         if self.out_dtype is not None:
             self._set("out_dtype", dtype_name(self.out_dtype, "out_dtype"))
-        self._check_booleans("wgrad_with_hp", "debug")
+        self._check_booleans("wgrad_with_hp", "debug", "command_buffer")
 
     @property
     def format(self) -> str:

@@ -4,6 +4,7 @@ import functools
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -18,6 +19,7 @@ from xmoe.config import RECIPES, FP8GroupedMMConfig, config_from_recipe
 from xmoe.jax_frontend import bridge, plan, ragged_dot
 from xmoe.jax_frontend.plan import make_plan
 from xmoe.kernels import emulation
+from xmoe.kernels.dispatch import Device
 from xmoe.operands import FORMATS, QuantizedOperand
 
 
@@ -175,6 +177,56 @@ def test_a_driver_too_old_for_torch_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ValueError, match=r"finds no GPU for its CUDA 13\.0; update the GPU's driver"):
         make_plan(A, B, SIZES, **arguments(implementation="bridge"))
+
+
+@pytest.fixture
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Device], None]:
+    """Makes JAX and torch believe in a GPU."""
+
+    def pretend(device: Device) -> None:
+        monkeypatch.setattr(plan, "platform", lambda: "gpu")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(bridge, "_device", lambda platform: device)
+        plan._warn_once.cache_clear()
+
+    return pretend
+
+
+def test_a_gpu_without_triton_is_named(gpu_of: Callable[[Device], None]) -> None:
+    gpu_of(Device("cuda", (9, 0), triton=False))
+    for options in ({}, {"implementation": "bridge"}, {"config": FP8GroupedMMConfig(kernel_preference="triton")}):
+        with pytest.raises(ImportError, match=r"need Triton, .*: pip install triton, or .* implementation='jax'"):
+            make_plan(A, B, SIZES, **arguments(**options))
+    assert make_plan(A, B, SIZES, **arguments(implementation="jax")).engine == "jax"
+    assert make_plan(A, B, SIZES, **arguments(config="mxfp8_emulated_rceil")).engine == "jax"
+
+
+def test_a_gpu_too_old_for_the_kernels_falls_back_to_jax_and_says_so_once(
+    gpu_of: Callable[[Device], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu_of(Device("cuda", (8, 0)))
+    with caplog.at_level(logging.WARNING):
+        for recipe in ("fp8_rowwise", "mxfp8_rceil"):
+            assert make_plan(A, B, SIZES, **arguments(config=recipe)).engine == "jax"
+    (record,) = caplog.records
+    assert "sm_80 has no fp8 tensor cores; an NVIDIA GPU of compute capability 8.9 or higher" in record.getMessage()
+    with pytest.raises(ValueError, match="kernel_preference=triton cannot run fp8_rowwise on sm_80"):
+        make_plan(A, B, SIZES, **arguments(config=FP8GroupedMMConfig(kernel_preference="triton")))
+
+
+@pytest.mark.parametrize("make", ["ragged_dot", "wgrad", "experts"])
+def test_a_tpu_has_no_bridge(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "platform", lambda: "tpu")
+    calls = {
+        "ragged_dot": lambda *rest: make_plan(A, B, SIZES, None, rest[0], False, rest[1]),
+        "wgrad": lambda *rest: plan.make_wgrad_plan(A, A, SIZES, None, rest[0], False, rest[1]),
+        "experts": lambda *rest: plan.make_experts_plan(A, B, B, B, SIZES, *rest),
+    }
+    assert calls[make](None, None).engine == "jax"
+    with pytest.raises(ValueError, match="implementation='bridge' runs on GPU and CPU, not on tpu; use implementation"):
+        calls[make](None, "bridge")
+    with pytest.raises(ValueError, match=r"kernel_preference=triton asks for GPU kernels, but .* a TPU; use"):
+        calls[make](FP8GroupedMMConfig(kernel_preference="triton"), None)
 
 
 BLOCKED = """

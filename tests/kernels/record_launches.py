@@ -54,6 +54,12 @@ def real_call(
     pipeline.backward(p, config, view, dOut, saved, B, offs, grads, pipeline.allocate(spec.scratch, CPU), b_amax)
 
 
+def real_save(p: pipeline.Problem, config, view: Device) -> None:
+    spec = pipeline.saved_spec(p, config, view)
+    A, offs = torch.zeros(p.M, p.K, dtype=getattr(torch, p.a_dtype)), torch.full((p.G,), p.M, dtype=torch.int32)
+    pipeline.save(p, config, view, A, offs, *(pipeline.allocate(some, CPU) for some in (spec.outputs, spec.scratch)))
+
+
 def real_experts(e: experts.Experts, config, view: Device, save: bool) -> None:
     def tensors(spec: pipeline.Spec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         return pipeline.allocate(spec.outputs, CPU), pipeline.allocate(spec.scratch, CPU)
@@ -105,6 +111,7 @@ for capability in ((9, 0), (10, 0)):
     view = Device("cuda", capability)
     pipeline.device_of = lambda *_, view=view: view
     pipeline.warm_up.cache_clear()
+    pipeline.warm_up_save.cache_clear()
     experts.warm_up.cache_clear()
     binders.clear()
     for recipe in ("bf16", "fp8_rowwise", "fp8_rowwise_wgrad_with_hp", "fp8_blockwise", "mxfp8_rceil"):
@@ -114,6 +121,12 @@ for capability in ((9, 0), (10, 0)):
                 problem = pipeline.Problem(M, 64, 48, G, *dtypes)
                 warm = recorded(pipeline.warm_up, problem, config, FakeCuda())
                 assert warm, "the warm-up launched nothing"
+                real = recorded(real_save, problem, config, view)
+                assert bool(real) != pipeline.saves_input(config), "saving launches something, if it saves anything"
+                missed += [
+                    (recipe, problem, "save", name)
+                    for name, *_ in real - recorded(pipeline.warm_up_save, problem, config, FakeCuda())
+                ]
                 for transposed in (False, True):
                     for save, *needs in ((True, True, True), (True, False, True), (False, True, False)):
                         real = recorded(real_call, problem, config, view, transposed, save, needs)

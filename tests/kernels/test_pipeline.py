@@ -193,6 +193,49 @@ def test_scale_tiles_in_the_interpreter(recipe, pattern, stored, monkeypatch):
         M=300, K=48, N=144, where="cpu").check()  # fmt: skip
 
 
+SAVED_ON = {
+    "fp8_rowwise": (Device("cuda", (9, 0)), Device("cpu")),
+    "fp8_blockwise": (Device("cuda", (9, 0)), Device("cuda", (8, 9))),
+    "mxfp8_rceil": (Device("cuda", (9, 0)), NATIVE_MX),
+}
+
+
+@pytest.mark.usefixtures("dot_scaled")
+@pytest.mark.parametrize(
+    ("recipe", "device"), [(recipe, d) for recipe, each in SAVED_ON.items() for d in each], ids=str
+)
+def test_what_is_saved_alone_is_what_the_forward_saves(recipe, device, backend, monkeypatch):
+    config, options = config_from_recipe(recipe), {}
+    if not backend.hardware or device.type == "cpu":
+        monkeypatch.setattr(call, "programs", lambda index: 3)
+        monkeypatch.setattr(call, "grouped_gemm_hopper", TritonGemm())
+        monkeypatch.setattr(
+            call.grouped_gemm, "grouped_mm", lambda *args, **options: None
+        )  # only what is saved matters
+        options = {"dtype": torch.float32, "M": 150, "K": 48, "N": 32, "where": "cpu"}
+    run = Run(config, "short", device=device, **options)
+    pipeline.forward(run.problem, config, device, run.A, run.B, run.offs, run.outputs, run.scratch)
+    spec = pipeline.saved_spec(run.problem, config, device)
+    saved, scratch = (poisoned(tensors, run.A.device.type) for tensors in (spec.outputs, spec.scratch))
+    pipeline.save(run.problem, config, device, run.A, run.offs, saved, scratch)
+    assert set(saved) == {"a_tokens", "a_tokens_scale"}
+    for name, got in saved.items():
+        want, got = (x.view(torch.uint8) for x in (run.outputs[name], got))
+        if select(config, device).straight_tokens:  # rows of nobody, and their scales, are never read
+            blocks = sum(4 * -(-(g.end - g.start) // 128) for g in oracle.token_layout(run.ends, run.M))
+            used = run.covered if name == "a_tokens" else blocks
+            want, got = want[:used], got[:used]
+        assert torch.equal(want, got), name
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise_wgrad_with_hp"])
+def test_nothing_is_saved_where_the_backward_takes_the_input(recipe):
+    problem, config = pipeline.Problem(M, N, K, G), config_from_recipe(recipe)
+    for device in (Device("cuda", (9, 0)), Device("cpu")):
+        assert pipeline.saved_spec(problem, config, device) == pipeline.Spec()
+    pipeline.save(problem, config, Device("cpu"), torch.empty(M, K), torch.empty(G), {}, {})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_rowwise", "fp8_blockwise", "mxfp8_floor"])
 def test_no_tokens(recipe):
