@@ -11,6 +11,8 @@ except ImportError as error:
 from typing import TYPE_CHECKING, Any
 
 from xmoe.jax_frontend.experts import swiglu_experts as swiglu_experts
+from xmoe.jax_frontend.hf import from_hf as from_hf
+from xmoe.jax_frontend.hf import to_hf as to_hf
 from xmoe.jax_frontend.permute import combine as combine
 from xmoe.jax_frontend.permute import permute_tokens as permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
@@ -20,7 +22,9 @@ from xmoe.jax_frontend.weights import to_torch as to_torch
 if TYPE_CHECKING:
     from xmoe.jax_frontend.moe import MoE as MoE
 
-__all__ = ["MoE", "combine", "from_torch", "permute_tokens", "ragged_dot", "swiglu_experts", "to_torch"]
+__all__ = [
+    "MoE", "combine", "from_hf", "from_torch", "permute_tokens", "ragged_dot", "swiglu_experts", "to_hf", "to_torch",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
