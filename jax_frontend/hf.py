@@ -245,7 +245,9 @@ def _refuse_others(weights: Mapping[str, Any], argument: str, layout: str) -> No
 def _compare(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any], layout: str) -> None:
     """Raises ValueError if ``like`` is not of the checkpoint's shapes."""
     _refuse_others(wanted, "like", layout)
-    (E, H, D) = shapes[GATE]
+    if missing := [name for name in shapes if name not in wanted]:
+        raise ValueError(f"like has no {_listed(missing)}; give an MoE with SwiGLU experts, or its state or parameters")
+    E, H, D = shapes[GATE]
     for name, leaf in wanted.items():
         if tuple(leaf.shape) != shapes[name]:
             raise ValueError(

@@ -187,6 +187,8 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
         from_hf(small(**{"experts.1.w3.weight": np.zeros((H, D), ml_dtypes.float8_e4m3fn)}), 0)
     with pytest.raises(ValueError, match=r"like has .* \(8, .*\) and the checkpoint \(2, .*\); .*num_experts=2"):
         from_hf(small(), 0, like=make("mixtral"))
+    with pytest.raises(ValueError, match=r"like has no router\.weight, experts\.w2, experts\.w3;"):
+        from_hf(small(), 0, like={"experts": {"w1": jnp.zeros((2, H, D))}})
     with pytest.raises(ValueError, match=r"like has shared\.w1\.weight, .* 'mixtral' has no names for"):
         from_hf(small(), 0, like=MoE(D, H, 2, 1, shared_hidden_dim=16, rngs=nnx.Rngs(0)))
 
