@@ -55,7 +55,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def make(kind: str, **options: Any) -> MoE:
-    return MoE(D, H, E, k, normalize_scores=NORMALIZED[kind], rngs=nnx.Rngs(0), **options)
+    """Abstract until it gets weights: shapes alone."""
+    options = {"normalize_scores": NORMALIZED[kind], **options}
+    return nnx.eval_shape(lambda: MoE(D, H, E, k, rngs=nnx.Rngs(0), **options))
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -133,7 +135,7 @@ def test_like_gives_dtypes_and_shardings(saved: tuple[str, Any, Path]) -> None:
     kind, _, folder = saved
     mesh = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("expert", "tensor"))
     specs = {"w1": P("expert", "tensor"), "w3": P("expert", "tensor"), "w2": P("expert", None, "tensor")}
-    like = nnx.eval_shape(lambda: make(kind, param_dtype=jnp.bfloat16))
+    like = make(kind, param_dtype=jnp.bfloat16)
     state = nnx.to_pure_dict(nnx.state(like, nnx.Param))
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -190,7 +192,7 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"like has no router\.weight, experts\.w2, experts\.w3;"):
         from_hf(small(), 0, like={"experts": {"w1": jnp.zeros((2, H, D))}})
     with pytest.raises(ValueError, match=r"like has shared\.w1\.weight, .* 'mixtral' has no names for"):
-        from_hf(small(), 0, like=MoE(D, H, 2, 1, shared_hidden_dim=16, rngs=nnx.Rngs(0)))
+        from_hf(small(), 0, like=make("mixtral", shared_hidden_dim=16))
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 
 def test_wrong_layers_are_named() -> None:
     with pytest.raises(ValueError, match=r"module_or_state has shared\.w1\.weight, .* leave them out"):
-        to_hf(MoE(D, H, 2, 1, shared_hidden_dim=16, rngs=nnx.Rngs(0)), 0, layout="mixtral")
+        to_hf(make("mixtral", shared_hidden_dim=16), 0, layout="mixtral")
     with pytest.raises(ValueError, match=r"module_or_state has no experts\.w1, experts\.w2, experts\.w3;"):
         to_hf({"router": {"weight": jnp.zeros((2, D))}}, 0, layout="mixtral")
     with pytest.raises(ValueError, match=r"layout='llama' is not known"):

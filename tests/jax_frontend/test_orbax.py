@@ -20,7 +20,7 @@ D, H, E, k = 32, 48, 8, 2
 
 
 def layer(seed: int = 0, recipe: str = "bf16") -> MoE:
-    return MoE(D, H, E, k, shared_hidden_dim=16, param_dtype=jnp.bfloat16, config=recipe, rngs=nnx.Rngs(seed))
+    return MoE(D, H, E, k, param_dtype=jnp.bfloat16, config=recipe, rngs=nnx.Rngs(seed))
 
 
 def make() -> tuple[MoE, nnx.Optimizer]:
