@@ -23,8 +23,16 @@ if TYPE_CHECKING:
     from xmoe.jax_frontend.moe import MoE as MoE
 
 __all__ = [
-    "MoE", "combine", "from_hf", "from_torch", "permute_tokens", "ragged_dot", "swiglu_experts", "to_hf", "to_torch",
-]  # fmt: skip
+    "MoE",
+    "combine",
+    "from_hf",
+    "from_torch",
+    "permute_tokens",
+    "ragged_dot",
+    "swiglu_experts",
+    "to_hf",
+    "to_torch",
+]
 
 
 def __getattr__(name: str) -> Any:
