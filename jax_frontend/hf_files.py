@@ -88,7 +88,7 @@ class _Files:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        stored = self._slice(name).get_dtype()
+        stored: str = self._slice(name).get_dtype()
         return DTYPES.get(stored, stored)
 
     def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
