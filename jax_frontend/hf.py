@@ -83,7 +83,8 @@ def from_hf(
 def to_hf(module_or_state: Any, layer: int, *, layout: Layout, prefix: str = "model.") -> dict[str, np.ndarray]:
     """The inverse of `from_hf`: the tensors of one layer by the checkpoint's names, in the dtypes of the parameters.
 
-    They are views of one copy on the host. ``safetensors.numpy.save_file(tensors, path, {"format": "pt"})`` writes
+    They are read-only views of the parameters on the host. Their names say SwiGLU, softmax and no bias: a layer with
+    other options has no such checkpoint. ``safetensors.numpy.save_file(tensors, path, {"format": "pt"})`` writes
     them, those of several layers in one dict (``|``), as a file that transformers reads.
 
     Args:
@@ -164,7 +165,7 @@ def _find(source: Source, layer: int, layout: Layout | None, prefix: str) -> _Na
         found = _Names(candidate, f"{prefix}layers.{layer}.")
         first = found.at(GATE).tensor
         if first in names and found.router in names:
-            E, rows = source.shape(found.router)[0], source.shape(first)[-2]
+            E, rows = source.shape(found.router)[0], source.shape(first)[-2:][0]
             return _Names(candidate, found.layer, E, rows // 2 if candidate == "fused" else rows)
     asked = f"layout={layout!r}" if layout else f"any of the layouts {_listed(get_args(Layout))}"
     experts = sorted(name for name in names if ".experts." in name)
@@ -190,6 +191,13 @@ def _check(source: Source, names: _Names) -> tuple[dict[str, tuple[int, ...]], d
     if beyond not in needed and beyond in there:
         raise ValueError(f"checkpoint has {beyond}, but {names.router} has E={names.E} rows; they belong to two models")
 
+    for tensor in needed:
+        if source.dtype(tensor) not in DTYPES.values():
+            raise ValueError(
+                f"checkpoint has {tensor} in {source.dtype(tensor)}, which is no weight without its scales; dequantize the "
+                "checkpoint to bfloat16 first, or take the one that it was made of"
+            )
+
     D = source.shape(names.router)[-1]
     shapes = {ROUTER: (names.E, D), GATE: (names.E, names.H, D), DOWN: (names.E, D, names.H), UP: (names.E, names.H, D)}
     expected: dict[str, tuple[int, ...]] = {names.router: shapes[ROUTER]}
@@ -203,12 +211,6 @@ def _check(source: Source, names: _Names) -> tuple[dict[str, tuple[int, ...]], d
             raise ValueError(
                 f"checkpoint has {tensor} of shape {source.shape(tensor)}; {shape} goes with {names.router} "
                 f"[{names.E}, {D}] and {names.at(GATE).tensor} {list(source.shape(names.at(GATE).tensor))}"
-            )
-    for tensor in needed:
-        if source.dtype(tensor) not in DTYPES.values():
-            raise ValueError(
-                f"checkpoint has {tensor} in {source.dtype(tensor)}, without its scales no weight; dequantize the "
-                "checkpoint to bfloat16 first, or take the one that it was made of"
             )
     return shapes, {ROUTER: source.dtype(names.router)} | {n: source.dtype(p[0].tensor) for n, p in places.items()}
 

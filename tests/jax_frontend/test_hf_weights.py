@@ -103,6 +103,8 @@ def test_layouts_hold_the_same(saved: tuple[str, Any, Path]) -> None:
     arrays = tensors_of(folder)
     for other in (arrays, jax.tree.map(jnp.asarray, arrays), dict(model.state_dict())):
         jax.tree.map(np.testing.assert_array_equal, from_hf(other, 1), want)
+    renamed = {name.replace("model.", "model.language_model.", 1): array for name, array in arrays.items()}
+    jax.tree.map(np.testing.assert_array_equal, from_hf(renamed, 1, prefix="model.language_model."), want)
     np.testing.assert_array_equal(want["experts"]["w1"], model.model.layers[1].mlp.experts.gate_up_proj.detach()[:, :H])
     np.testing.assert_array_equal(want["experts"]["w3"], model.model.layers[1].mlp.experts.gate_up_proj.detach()[:, H:])
 
@@ -185,7 +187,7 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
         from_hf(small(**{"experts.2.w1.weight": np.zeros((H, D))}), 0)
     with pytest.raises(ValueError, match=r"experts\.1\.w3\.weight of shape \(48, 16\); \(48, 32\) goes with"):
         from_hf(small(**{"experts.1.w3.weight": np.zeros((H, 16))}), 0)
-    with pytest.raises(ValueError, match=r"experts\.1\.w3\.weight in float8_e4m3fn, without its scales"):
+    with pytest.raises(ValueError, match=r"experts\.1\.w3\.weight in float8_e4m3fn, which is no weight without its"):
         from_hf(small(**{"experts.1.w3.weight": np.zeros((H, D), ml_dtypes.float8_e4m3fn)}), 0)
     with pytest.raises(ValueError, match=r"like has .* \(8, .*\) and the checkpoint \(2, .*\); .*num_experts=2"):
         from_hf(small(), 0, like=make("mixtral"))
