@@ -194,8 +194,8 @@ def _check(source: Source, names: _Names) -> tuple[dict[str, tuple[int, ...]], d
     for tensor in needed:
         if source.dtype(tensor) not in DTYPES.values():
             raise ValueError(
-                f"checkpoint has {tensor} in {source.dtype(tensor)}, which is no weight without its scales; dequantize the "
-                "checkpoint to bfloat16 first, or take the one that it was made of"
+                f"checkpoint has {tensor} in {source.dtype(tensor)}, which is no weight without its scales; dequantize "
+                "the checkpoint to bfloat16 first, or take the one that it was made of"
             )
 
     D = source.shape(names.router)[-1]
