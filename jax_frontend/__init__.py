@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from xmoe.jax_frontend.autodiff import OUTPUT_NAME as OUTPUT_NAME
 from xmoe.jax_frontend.autodiff import RESIDUAL_NAMES as RESIDUAL_NAMES
 from xmoe.jax_frontend.experts import swiglu_experts as swiglu_experts
+from xmoe.jax_frontend.hf import from_hf as from_hf
+from xmoe.jax_frontend.hf import to_hf as to_hf
 from xmoe.jax_frontend.permute import combine as combine
 from xmoe.jax_frontend.permute import permute_tokens as permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
@@ -24,9 +26,19 @@ if TYPE_CHECKING:
     from xmoe.jax_frontend.moe import MoE as MoE
 
 __all__ = [
-    "OUTPUT_NAME", "RESIDUAL_NAMES", "MoE", "combine", "from_torch", "permute_tokens", "ragged_dot", "ragged_dot_wgrad",
-    "swiglu_experts", "to_torch",
-]  # fmt: skip
+    "OUTPUT_NAME",
+    "RESIDUAL_NAMES",
+    "MoE",
+    "combine",
+    "from_hf",
+    "from_torch",
+    "permute_tokens",
+    "ragged_dot",
+    "ragged_dot_wgrad",
+    "swiglu_experts",
+    "to_hf",
+    "to_torch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,7 @@ THIRD_PARTY = {
     "torch_backend/titan": {"torch", "torchtitan"},
     "xmoe.jax_frontend": {"jax", "flax", "optax", "numpy", *TORCH},
     "jax_frontend/bench.py": {"jax", "tokamax", "absl"},
+    "jax_frontend/hf_files.py": {"jax", "numpy", "safetensors"},
 }
 # Those that are imported inside functions only: `import xmoe.train.run` must do without, as --help does, until their
 # extra has been looked for, and a benchmark without the peers that are not installed.
