@@ -208,7 +208,9 @@ def _add_parity(commands: Any) -> None:
     parity.add_argument("--json", metavar="FILE", type=_path, help="also write everything to FILE")
     parity.add_argument("--train", action="store_true", help="compare training runs, step by step")
     parity.add_argument("--steps", metavar="INT", type=int, default=200, help="of the training runs (default: 200)")
-    parity.add_argument("--data", metavar="FILE", nargs="+", type=_path, help="text to train on (default: as for train)")
+    parity.add_argument(
+        "--data", metavar="FILE", nargs="+", type=_path, help="text to train on (default: as for train)"
+    )
     out = "where the training runs' JSON and chart go (default: %(default)s)"
     parity.add_argument("--out", metavar="DIR", type=_path, default=Path("runs/parity"), help=out)
     parity.set_defaults(command=_parity)

@@ -63,7 +63,7 @@ class Finding:
 
 
 def find_recipes(names: str) -> list[str]:
-    """"all" or names separated by commas. Raises UserError for one that is not known."""
+    """ "all" or names separated by commas. Raises UserError for one that is not known."""
     found = list(RECIPES) if names == "all" else list(dict.fromkeys(name.strip() for name in names.split(",")))
     if unknown := [name for name in found if name not in RECIPES]:
         raise UserError(f"--recipe {unknown[0]!r} is not known; use all, {', '.join(RECIPES)}")

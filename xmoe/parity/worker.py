@@ -106,9 +106,9 @@ def main(text: str) -> int:
     options = Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
     try:
         if options.train:
-            from xmoe.parity import training
+            from xmoe.parity import training_report
 
-            return training.compare(options)
+            return training_report.compare(options)
         return compare(options)
     except UserError as error:
         print(f"xmoe: error: {error}", file=sys.stderr)
