@@ -66,8 +66,7 @@ class FlaxTracer:
         return nnx.merge(self.learner._graph, state)
 
     def _recorded_losses(self, parameters: Parameters, tokens: jax.Array) -> tuple[jax.Array, Recorded]:
-        objective, (loss, recorded) = self._objective(parameters, tokens)
-        return loss, recorded
+        return self._objective(parameters, tokens)[1]
 
     def _recorded_gradients(self, parameters: Parameters, tokens: jax.Array) -> Any:
         return jax.grad(lambda p: self._objective(p, tokens), has_aux=True)(parameters)
@@ -129,7 +128,7 @@ def recording(root: type[nnx.Module]) -> Iterator[Recorded]:
             patch(cls)
         return original(model, *args)
 
-    root.__call__ = call_root
+    root.__call__ = call_root  # type: ignore (of any arguments)
     try:
         yield recorded
     finally:

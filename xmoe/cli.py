@@ -1,4 +1,4 @@
-"""The command line: ``xmoe train``, ``bench``, ``parity`` and ``doctor``. Nothing slow is imported before it is needed."""
+"""The command line: ``xmoe train``, ``bench``, ``parity``, ``doctor``. Nothing slow is imported before it is needed."""
 
 import argparse
 import os

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xmoe.train.loop import Learner
 
 Array = NDArray[Any]
-Inputs = Mapping[str, tuple[Array, ...]]
+Inputs = Mapping[str, tuple[Any, ...]]
 """Of modules, by name. Of experts: x [T, D], the tokens of each expert int32 [E], order [M]."""
 EXPERTS = ".moe.experts"
 """How the names of experts end."""

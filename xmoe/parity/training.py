@@ -6,7 +6,6 @@ of Flax on the inputs that PyTorch recorded, and Flax's optimizer on PyTorch's g
 weight changed by one rounding, says how far the model itself carries such a difference.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,16 +102,15 @@ def compare_training(
     for step in range(1, config.steps + 1):
         batch = corpus.batch(config.seed, step, config.batch_size, config.seq_len)
         learning_rate = config.learning_rate_at(step - 1)
-        traces = [tracer.trace(batch, gradients=step == 1) for tracer in (torch, flax)]
+        of_torch, of_flax = (tracer.trace(batch, gradients=step == 1) for tracer in (torch, flax))
         near = control.trace(batch)
         if step == 1:
-            run.causes = find_causes(traces[0], flax)
-            device = "cpu" if config.device == "cpu" else "auto"
-            quantization = config.quantization(recipe)
-            run.operands, run.same_inputs = compare_operands(*traces, quantization, weights, device)
-            updated = flax.update(traces[0].gradients, learning_rate)
+            run.causes = find_causes(of_torch, flax)
+            operands = compare_operands(of_torch, of_flax, config.quantization(recipe), weights, config.device)
+            run.operands, run.same_inputs = operands
+            updated = flax.update(of_torch.gradients, learning_rate)
         if run.first is None:
-            run.first = first_difference(step, *traces)
+            run.first = first_difference(step, of_torch, of_flax)
         losses = {
             name: float(tracer.learner.step(batch, learning_rate))
             for name, tracer in (("torch", torch), ("flax", flax), ("neighbour", control))
@@ -121,8 +119,7 @@ def compare_training(
             state = torch.learner.state()
             found = [Cause(f"optimizer: {name}", compare(state[f"weights.{name}"], x)) for name, x in updated.items()]
             run.causes += found
-        apart = experts_apart(*traces), experts_apart(traces[0], near)
-        run.steps.append(Step(step, losses, *apart))
+        run.steps.append(Step(step, losses, experts_apart(of_torch, of_flax), experts_apart(of_torch, near)))
         progress(run.steps[-1])
     return run
 
@@ -152,7 +149,7 @@ def experts_apart(a: Trace, b: Trace) -> dict[str, ExpertsApart]:
 def first_difference(step: int, a: Trace, b: Trace) -> Part | None:
     """Of the modules' outputs, the loss and the gradients, in the order in which they are computed."""
     pairs = [(name, a.outputs[name], b.outputs[name]) for name in a.outputs if name in b.outputs]
-    pairs.append(("loss", np.float32(a.loss), np.float32(b.loss)))
+    pairs.append(("loss", np.array(a.loss), np.array(b.loss)))
     pairs += [(f"gradient of {name}", a.gradients[name], b.gradients[name]) for name in reversed([*a.gradients])]
     for name, x, y in pairs:
         found = compare(x, y, any_nan=True)

@@ -103,7 +103,8 @@ def compare(options: Options) -> int:
 def main(text: str) -> int:
     """Do what the options (JSON) say; the exit status."""
     fields: dict[str, Any] = json.loads(text)
-    options = Options(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    lists: dict[str, Any] = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    options = Options(**fields | lists)
     try:
         if options.train:
             from xmoe.parity import training_report
