@@ -18,8 +18,18 @@ import xmoe.torch_backend as xt
 from xmoe import oracle, testing
 from xmoe.config import config_from_recipe
 from xmoe.testing import (
-    GEMM_KINDS, KINDS, SMALL, as_numpy, assert_same_bytes, assert_sqnr, awkward, check_grouped_mm, check_ragged_dot,
-    compare, gemm, values,
+    GEMM_KINDS,
+    KINDS,
+    SMALL,
+    as_numpy,
+    assert_same_bytes,
+    assert_sqnr,
+    awkward,
+    check_grouped_mm,
+    check_ragged_dot,
+    compare,
+    gemm,
+    values,
 )  # fmt: skip
 
 FEW: dict[str, Any] = {"shapes": SMALL[4:6], "patterns": ("uneven", "short", "empty")}
@@ -85,7 +95,7 @@ def test_signs_of_zeros() -> None:
 def test_other_dtypes_compare_by_value() -> None:
     a, b = np.float64([1, 2]), np.array([1, 2], ml_dtypes.bfloat16)
     assert (compare(a, b).equal, compare(a, b).different) == (False, 0)
-    assert compare(a + [0, 1e-3], b).worst == (1,)
+    assert compare(a + np.array([0, 1e-3]), b).worst == (1,)
 
 
 def test_shapes_must_be_equal() -> None:
@@ -97,8 +107,8 @@ def test_same_bytes_of_operands() -> None:
     x = awkward((30, 64))
     want = oracle.quantize_rows(x, "mxfp8_rceil")
     assert_same_bytes(oracle.quantize_rows(x, "mxfp8_rceil"), want)
-    with pytest.raises(AssertionError, match="mine scale, wanted and got: .* elements differ"):
-        assert_same_bytes(oracle.quantize_rows(x * 2, "mxfp8_rceil"), want, "mine")
+    with pytest.raises(AssertionError, match=r"mine data, wanted and got: .* elements differ"):
+        assert_same_bytes(oracle.quantize_rows(x[::-1], "mxfp8_rceil"), want, "mine")
     with pytest.raises(AssertionError, match="not 'K' and 'mxfp8_rceil'"):
         assert_same_bytes(oracle.quantize_rows(x, "mxfp8_floor"), want)
     with pytest.raises(AssertionError, match="got is ndarray, not a QuantizedOperand"):
@@ -205,7 +215,7 @@ def _spoil(array: Any, at: Any, value: Any) -> Any:
     [
         (lambda out, dA, dB, g: (out.astype(np.float32), dA, dB), "out of .* is float32, not bfloat16"),
         (lambda out, dA, dB, g: (_spoil(out, slice(g.offs[-1], None), 1), dA, dB), "past the last group are not zeros"),
-        (lambda out, dA, dB, g: (out, dA, _spoil(dB, g.group_sizes == 0, 1)), "less than 50 dB"),
+        (lambda out, dA, dB, g: (out, dA, _spoil(dB, g.group_sizes == 0, 1)), "without tokens has a gradient"),
         (lambda out, dA, dB, g: (out, dA[::-1], dB), "dA of .* is less than 50 dB from the reference"),
         (lambda out, dA, dB, g: (_spoil(out, (0, 0), np.nan), dA, dB), "out of .* -inf dB"),
         (lambda out, dA, dB, g: (out, dA, dB[..., :8]), r"has shape \(5, 16, 8\), not \(5, 16, 16\)"),
@@ -214,16 +224,16 @@ def _spoil(array: Any, at: Any, value: Any) -> Any:
 def test_what_is_wrong_is_found(wrong: Any, message: str) -> None:
     forward, backward = _numpy(config_from_recipe("fp8_rowwise"))
     shape = SMALL[4]
-    inputs = gemm(shape, "short")
+    inputs = gemm(shape, "empty" if "tokens" in message else "short")
     results = forward(inputs.A, inputs.B, inputs.offs), *backward(inputs.dOut, *inputs[:3])
     out, *gradients = wrong(*results, inputs)
     with pytest.raises(AssertionError, match=message):
         check_grouped_mm(
-            lambda *_: out, "fp8_rowwise", lambda *_: gradients, framework="numpy", shapes=[shape], patterns=["short"],
+            lambda *_: out, "fp8_rowwise", lambda *_: gradients, framework="numpy", shapes=[shape], patterns=["empty" if "tokens" in message else "short"],
             kinds=["normal"],
         )  # fmt: skip
 
 
 def test_another_recipe_is_found() -> None:
-    with pytest.raises(AssertionError, match="out of least_features .* is less than 50 dB"):
+    with pytest.raises(AssertionError, match=r"out of least_features .* is less than 50 dB"):
         check_grouped_mm(functools.partial(xt.scaled_grouped_mm, config="bf16"), "fp8_rowwise", **FEW)

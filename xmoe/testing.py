@@ -272,15 +272,16 @@ def _hold(
         want_dtype = dtype if name == "out" else A.dtype
         assert got.dtype == want_dtype, f"{what} is {got.dtype}, not {want_dtype}"
         if name == "dB":
+            assert got.shape == reference.shape, f"{what} has shape {got.shape}, not {reference.shape}"
+            empty = got[inputs.group_sizes == 0]
+            assert not empty.any(), f"{what}: an expert without tokens has a gradient; it must be exact zeros"
             found[name] = assert_sqnr(got, reference, least_db, what)
             for g, (x, y) in enumerate(zip(got, reference, strict=True)):
                 assert_sqnr(x, y, least_db, f"{what}, expert {g} alone,")
-            empty = got[inputs.group_sizes == 0]
-            assert not empty.any(), f"{what}: an expert without tokens has a gradient; it must be exact zeros"
         else:
-            found[name] = assert_sqnr(got, reference, least_db, what, offs=offs)
             past = got[offs[-1] :]
             assert not past.any(), f"{what}: rows past the last group are not zeros"
+            found[name] = assert_sqnr(got, reference, least_db, what, offs=offs)
     return found
 
 
