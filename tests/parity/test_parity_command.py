@@ -173,12 +173,12 @@ def test_saved_tokens_of_every_gpu(recipe: str, capability: tuple[int, int]) -> 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Three steps of a tiny model in both frameworks."""
+    """Two steps of a tiny model in both frameworks."""
     path = tmp_path_factory.mktemp("parity") / "text.py"
     path.write_bytes(b"".join(b"def f%d(x): return x + %d\n" % (i, i * i % 97) for i in range(200)))
     config = TrainConfig(
         data=(str(path),), device="cpu", layers=1, dim=32, heads=2, num_experts=4, top_k=2, hidden_dim=32, seq_len=32,
-        batch_size=2, steps=3, warmup_steps=2,
+        batch_size=2, steps=2, warmup_steps=1,
     )  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -193,7 +193,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_training_runs_stay_near(trained: Run) -> None:
     """Losses of bfloat16 runs; measured: 4e-3 at most (tests/train/test_train_learners.py holds longer ones)."""
-    assert [step.step for step in trained.steps] == [1, 2, 3]
+    assert [step.step for step in trained.steps] == [1, 2]
     for step in trained.steps:
         assert abs(step.losses["torch"] - step.losses["flax"]) < 2e-2
         assert step.experts.keys() == step.control.keys() == {"blocks.0.moe.experts"}
