@@ -36,7 +36,7 @@ def systems(config: GroupedMMConfig, device: str) -> list["JaxSystem"]:
 class JaxSystem:
     """`ragged_dot` under one config on one device, by one implementation."""
 
-    def __init__(self, name: str, config: GroupedMMConfig, device: jax.Device) -> None:
+    def __init__(self, name: str, config: GroupedMMConfig, device: Any) -> None:
         self.name, self._config, self._device = name, config, device
         self._engine: Engine = "jax" if name == "jax" else "bridge"
         self.runs = f"jax on {device.platform}"

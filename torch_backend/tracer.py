@@ -27,7 +27,7 @@ class TorchTracer:
         with _recorded(learner._model, trace), torch.set_grad_enabled(gradients):
             loss, load_balance_loss = learner._losses(tokens)
         trace.loss = float(loss.detach())
-        _inside_attention(learner._model, trace)
+        _inside_attention(learner._model, trace, learner._device)
         if gradients:
             (loss + learner._config.load_balance * load_balance_loss).backward()
             trace.gradients = {name: as_numpy(p.grad) for name, p in learner._parameters.items()}
@@ -56,7 +56,7 @@ def _recorded(model: nn.Module, trace: Trace) -> Iterator[None]:
             hook.remove()
 
 
-def _inside_attention(model: nn.Module, trace: Trace) -> None:
+def _inside_attention(model: nn.Module, trace: Trace, device: torch.device) -> None:
     """Adds what attention does between its two matrices, from what they gave and took: the rotation of q and k, and the
     rest, softmax and both products."""
     for name, module in model.named_modules():
@@ -66,8 +66,8 @@ def _inside_attention(model: nn.Module, trace: Trace) -> None:
         _, cos, sin = trace.inputs[name]
         B, S, D3 = qkv.shape
         q, k, v = np.moveaxis(qkv.reshape(B, S, 3, module.heads, D3 // 3 // module.heads), 2, 0)
-        tables = torch.from_numpy(cos), torch.from_numpy(sin)
-        rotated = [as_numpy(_rotate(to_torch(np.ascontiguousarray(x)), *tables)) for x in (q, k)]
+        tables = to_torch(cos, device), to_torch(sin, device)
+        rotated = [as_numpy(_rotate(to_torch(np.ascontiguousarray(x), device), *tables)) for x in (q, k)]
         trace.inputs |= {f"{name}{ROTATION}": (q, k, cos, sin), f"{name}{SOFTMAX}": (*rotated, v)}
         trace.outputs |= {f"{name}{ROTATION}": np.stack(rotated), f"{name}{SOFTMAX}": attended.reshape(v.shape)}
 

@@ -39,6 +39,7 @@ def compare(options: "Options") -> int:
     if config.device == "auto" and len(set(devices.values())) > 1:
         raise UserError(f"PyTorch runs on {devices['torch']} and Flax on {devices['flax']}; add --device cpu")
     corpus, out, status = load_corpus(config.data, config.seq_len), Path(options.out), 0
+    of_recipes: dict[str, Any] = {}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for recipe in config.recipes:
@@ -54,10 +55,11 @@ def compare(options: "Options") -> int:
         everything = {"facts": report.facts(), "config": dataclasses.asdict(config), **plain(run)}
         write_atomically(stem.with_suffix(".json"), report.dumps(everything))
         write_atomically(stem.with_suffix(".png"), chart(run))
-        if options.json is not None and len(config.recipes) == 1:
-            write_atomically(Path(options.json), report.dumps(everything))
+        of_recipes[recipe] = everything
         print(f"  {stem}.json, {stem}.png")
         status |= any(not found.equal for found in run.same_inputs.values())
+    if options.json is not None:
+        write_atomically(Path(options.json), report.dumps(of_recipes))
     return int(status)
 
 
