@@ -33,6 +33,7 @@ THIRD_PARTY = {
     "xmoe": {"numpy", "ml_dtypes", *TORCH, *JAX},
     "xmoe/train": {"numpy", "rich", "matplotlib", "safetensors"},
     "xmoe/bench": {"numpy", "rich", "matplotlib"},
+    "xmoe/parity": {"numpy", "matplotlib"},
     "xmoe.kernels": TORCH,
     "xmoe.torch_backend": {"torch", "numpy"},
     "torch_backend/bench": {"torch", "torchao", "transformers"},

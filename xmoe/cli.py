@@ -1,4 +1,4 @@
-"""The command line: ``xmoe train``, ``bench`` and ``doctor``. Nothing slow is imported before it is needed."""
+"""The command line: ``xmoe train``, ``bench``, ``parity``, ``doctor``. Nothing slow is imported before it is needed."""
 
 import argparse
 import os
@@ -38,6 +38,18 @@ examples:
   xmoe bench layer --shapes llama4 --recipes fp8_rowwise --peers torchao --compile
   xmoe bench linear --shapes linear,sweep --compile
   xmoe bench report benchmarks/results/2026-11-21-grouped_mm.json --readme README.md
+"""
+_PARITY = """\
+Compare the implementations that this machine has (the NumPy oracle, PyTorch emulated and with the Triton kernels, plain
+JAX, JAX through the kernels): the same inputs forward and backward, the quantized operands first, then the results.
+For every recipe and pair: equal bytes or not, the SQNR, and the worst element with its place, values and bytes. The
+exit status is 0 only if the contract holds (docs/parity.md). --train compares a training run of both frameworks.
+"""
+_PARITY_EXAMPLES = """\
+examples:
+  xmoe parity --recipe all --json parity.json
+  xmoe parity --recipe fp8_rowwise,mxfp8_rceil --shapes deepseek_v2_lite
+  xmoe parity --train --recipe fp8_rowwise --steps 200 --out runs/parity
 """
 _BENCH_COMMANDS = {
     "grouped-mm": "one grouped GEMM: the bare forward, and forward and backward",
@@ -132,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(option, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
 
     _add_bench(commands)
+    _add_parity(commands)
 
     doctor = commands.add_parser("doctor", help="what this machine runs each recipe with, and what would be faster")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -176,6 +189,43 @@ def _add_bench(commands: Any) -> None:
     table = "also write the speeds of a linear run, which auto_filter_small_kn goes by, to FILE (that of the package)"
     report.add_argument("--linear-filter", metavar="FILE", type=_path, nargs="?", const=_LINEAR_FILTER, help=table)
     report.set_defaults(command=_bench_report)
+
+
+def _add_parity(commands: Any) -> None:
+    parity = commands.add_parser(
+        "parity",
+        help="hold the implementations of every recipe to each other, bit for bit where that is promised",
+        description=_PARITY,
+        epilog=_PARITY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = "all, or recipes (default: all; with --train: fp8_rowwise)"
+    parity.add_argument("--recipe", metavar="NAME[,NAME...]", help=names)
+    parity.add_argument("--shapes", metavar="NAME[,NAME...]", help="of xmoe.shapes (default: three small ones)")
+    parity.add_argument("--dtype", metavar="NAME", default="bfloat16", help="of the inputs: bfloat16 or float32")
+    parity.add_argument("--seed", metavar="INT", type=int, default=0, help="of the inputs, or of the training run")
+    parity.add_argument("--device", metavar="NAME", default="auto", help="auto or cpu")
+    parity.add_argument("--json", metavar="FILE", type=_path, help="also write everything to FILE")
+    parity.add_argument("--train", action="store_true", help="compare training runs, step by step")
+    parity.add_argument("--steps", metavar="INT", type=int, default=200, help="of the training runs (default: 200)")
+    parity.add_argument(
+        "--data", metavar="FILE", nargs="+", type=_path, help="text to train on (default: as for train)"
+    )
+    out = "where the training runs' JSON and chart go (default: %(default)s)"
+    parity.add_argument("--out", metavar="DIR", type=_path, default=Path("runs/parity"), help=out)
+    parity.set_defaults(command=_parity)
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from xmoe.parity import worker
+    from xmoe.train.files import UserError
+
+    fields = {name: value for name, value in vars(options).items() if name != "command"}
+    try:
+        return worker.start(worker.make_options(**fields))
+    except UserError as error:
+        print(f"xmoe: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _bench(options: argparse.Namespace) -> int:
