@@ -14,13 +14,29 @@ from xmoe.jax_frontend.experts import swiglu_experts as swiglu_experts
 from xmoe.jax_frontend.permute import combine as combine
 from xmoe.jax_frontend.permute import permute_tokens as permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
+from xmoe.jax_frontend.router import load_balance_loss as load_balance_loss
+from xmoe.jax_frontend.router import route as route
+from xmoe.jax_frontend.router import router_z_loss as router_z_loss
+from xmoe.jax_frontend.router import update_bias as update_bias
 from xmoe.jax_frontend.weights import from_torch as from_torch
 from xmoe.jax_frontend.weights import to_torch as to_torch
 
 if TYPE_CHECKING:
     from xmoe.jax_frontend.moe import MoE as MoE
 
-__all__ = ["MoE", "combine", "from_torch", "permute_tokens", "ragged_dot", "swiglu_experts", "to_torch"]
+__all__ = [
+    "MoE",
+    "combine",
+    "from_torch",
+    "load_balance_loss",
+    "permute_tokens",
+    "ragged_dot",
+    "route",
+    "router_z_loss",
+    "swiglu_experts",
+    "to_torch",
+    "update_bias",
+]
 
 
 def __getattr__(name: str) -> Any:
