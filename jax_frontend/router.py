@@ -14,6 +14,9 @@ import jax.numpy as jnp
 ScoreFunction = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
 
+_TINY = 1e-18
+"""Stands for a sum of sigmoids that have all underflowed; its inverse square, in the gradient, is still finite."""
+
 
 class Routing(NamedTuple):
     """Where T tokens go. A pytree; the arrays that nobody reads are not computed under `jax.jit`."""
@@ -47,8 +50,8 @@ class Routing(NamedTuple):
         entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0).sum()
         return {
             "tokens_per_expert": self.tokens_per_expert,
-            "max_load": self.tokens_per_expert.max() * (E / slots),
-            "drop_fraction": (self.tokens_per_expert - self.group_sizes).sum() / slots,
+            "max_load": self.tokens_per_expert.max().astype(jnp.float32) * (E / slots),
+            "drop_fraction": (self.tokens_per_expert - self.group_sizes).sum().astype(jnp.float32) / slots,
             "router_entropy": entropy / max(1, T),
             "load_balance_loss": self.load_balance_loss,
             "router_z_loss": router_z_loss(self.logits),
@@ -121,13 +124,13 @@ class RouterOptions:
             affinity = probabilities = jax.nn.softmax(logits, axis=-1)
         else:
             affinity = jax.nn.sigmoid(logits)
-            probabilities = affinity / (affinity.sum(axis=-1, keepdims=True) + _TINY)
+            probabilities = affinity / jnp.maximum(affinity.sum(axis=-1, keepdims=True), _TINY)
         experts = self._choose(jax.lax.stop_gradient(affinity), bias)
         # Not by indexing, whose gradient adds up in any order.
         scores = (affinity[:, None] * jax.nn.one_hot(experts, E)).sum(axis=-1)
         if self.normalize:
             total = scores.sum(axis=-1, keepdims=True)
-            scores = scores / (total if self.score_function == "softmax" else total + _TINY)
+            scores = scores / (total if self.score_function == "softmax" else jnp.maximum(total, _TINY))
         if self.scaling_factor != 1:
             scores = scores * self.scaling_factor
 
@@ -152,10 +155,6 @@ class RouterOptions:
             allowed = (groups[:, :, None] == jnp.arange(G)).any(axis=1)  # [T, G]
             choice = jnp.where(jnp.repeat(allowed, E // G, axis=1), choice, -jnp.inf)
         return jax.lax.top_k(choice, self.top_k)[1]
-
-
-_TINY = 1e-20
-"""Keeps a sum of sigmoids that have all underflowed from dividing zero by zero; no other sum sees it."""
 
 
 def route(
