@@ -19,6 +19,10 @@ D, H, E, k, T = 32, 48, 8, 2, 36
 V3 = {"score_function": "sigmoid", "num_expert_groups": 4, "num_limited_groups": 2, "scaling_factor": 2.5}
 
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiles in half the time."""
+
+
 def nnx_layer(**options: Any) -> MoE:
     return MoE(D, H, E, k, **options, rngs=nnx.Rngs(0))
 
@@ -69,7 +73,7 @@ def test_math_and_equal_bits(activation: str, options: dict[str, Any]) -> None:
     x, dy = tokens(), jax.random.normal(jax.random.key(2), (T, D))
 
     def in_nnx(params: Any, x: jax.Array) -> Any:
-        layer = nnx.merge(graph, params, rest)
+        layer = nnx.merge(graph, params, rest, copy=True)
         y, load_balance_loss = layer(x)
         bias = None if layer.router.bias is None else layer.router.bias[...]
         return (y * dy).sum() + load_balance_loss, {"y": y, "loss": load_balance_loss, "bias": bias}
@@ -92,7 +96,7 @@ def test_math_and_equal_bits(activation: str, options: dict[str, Any]) -> None:
     def run(fn: Any, params: Any) -> Any:
         """In a program of its own: XLA may fuse what several have in common."""
         with jax.default_matmul_precision("highest"):
-            return jax.jit(jax.grad(fn, (0, 1), has_aux=True))(params, x)
+            return jax.jit(jax.grad(fn, (0, 1), has_aux=True), compiler_options=QUICKLY)(params, x)
 
     def by_name(result: Any) -> dict[str, jax.Array]:
         (grads, dx), values = result
@@ -190,7 +194,7 @@ def test_scans_over_layers_with_remat() -> None:
     x, stack = tokens(), Stack(options)
     variables = jax.jit(stack.init)(jax.random.key(0), x)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def in_linen(params: Any) -> Any:
         def loss(params: Any) -> Any:
             mutable = ["router_stats", "intermediates"]
@@ -218,33 +222,27 @@ def test_scans_over_layers_with_remat() -> None:
 
         return nnx.grad(loss, has_aux=True)(layers)
 
-    @jax.jit
-    def in_turn(params: Any) -> Any:
-        def loss(params: Any) -> Any:
-            y, losses = x, []
-            for i in range(2):
-                layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]["moe"])
-                dy, load_balance_loss = linen.MoE(D, H, E, k, **options).apply(
-                    {"params": layer, "router_stats": {"router": {"bias": jnp.zeros(E)}}}, y
-                )
-                y, losses = y + dy, [*losses, load_balance_loss]
-            return (y**2).mean() + sum(losses), y
-
-        return jax.grad(loss, has_aux=True)(params)
+    def in_turn(params: Any) -> jax.Array:
+        y = x
+        for i in range(2):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]["moe"])
+            bias = {"router": {"bias": jnp.zeros(E)}}
+            y = y + linen.MoE(D, H, E, k, **options).apply({"params": layer, "router_stats": bias}, y)[0]
+        return y
 
     grads, (y, state) = in_linen(variables["params"])
     layers = make(jax.random.split(jax.random.key(1), 2))
     nnx.update(layers, variables["params"]["layers"]["moe"])
     nnx_grads, nnx_y = in_nnx(layers)
-    want_grads, want_y = in_turn(variables["params"])
+    want_y = jax.jit(in_turn, compiler_options=QUICKLY)(variables["params"])
     bias, sown = state["router_stats"]["layers"]["moe"]["router"]["bias"], state["intermediates"]["layers"]["moe"]
     np.testing.assert_array_equal(layers.router.bias[...], bias)
     np.testing.assert_array_equal(bias, 0.01 * np.sign(T * k / E - sown["tokens_per_expert"][0]).astype(np.float32))
     assert min(oracle.sqnr(want_y, y), oracle.sqnr(want_y, nnx_y)) >= 110
-    nnx_grads = leaves({"layers": {"moe": nnx.to_pure_dict(nnx_grads)}})
-    for name, want in leaves(want_grads).items():
-        assert oracle.sqnr(want, leaves(grads)[name]) >= 110, name
-        assert oracle.sqnr(want, nnx_grads[name]) >= 110, name
+    grads, nnx_grads = leaves(grads), leaves({"layers": {"moe": nnx.to_pure_dict(nnx_grads)}})
+    assert grads.keys() == nnx_grads.keys()
+    for name, gradient in grads.items():
+        assert oracle.sqnr(gradient, nnx_grads[name]) >= 110, name
 
 
 NAMES = ("expert", "embed", "mlp")
@@ -276,20 +274,16 @@ def test_logical_axis_names() -> None:
 
 def test_initializers_are_called_as_flax_kernels_are() -> None:
     """[in, out], each expert's by itself, so that fan-in is the input's; the default has the same variance."""
-    want = {"w1": D, "w2": H, "w3": D}
-    for init in (None, nnx.initializers.lecun_normal()):
-        make = jax.jit(lambda init=init: nnx.state(nnx_layer(kernel_init=init, shared_hidden_dim=1024)))
-        state = nnx.to_pure_dict(make())
-        for name, fan_in in want.items():
-            np.testing.assert_allclose(state["experts"][name].std(), fan_in**-0.5, rtol=0.03)
-        np.testing.assert_allclose(state["shared"]["w2"]["weight"].std(), 1024**-0.5, rtol=0.03)
-
-    def plain(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        assert shape in ((D, H), (H, D), (D, E))
-        return jax.random.normal(key, shape, dtype)
-
-    first, second = nnx_layer(kernel_init=plain).experts.w1[...][:2]
-    assert not np.array_equal(first, second)
+    for kernel_init in (None, nnx.initializers.lecun_normal()):
+        init = jax.jit(functional.weight_init(kernel_init), static_argnums=(1, 2))
+        experts = init(jax.random.key(0), (E, 256, D), jnp.dtype("float32"))
+        np.testing.assert_allclose(experts.std(), D**-0.5, rtol=0.02)
+        assert not np.array_equal(experts[0], experts[1])
+        matrix = init(jax.random.key(0), (16, 1024), jnp.dtype("bfloat16"))
+        np.testing.assert_allclose(matrix.astype(jnp.float32).std(), 1024**-0.5, rtol=0.02)
+        assert (matrix.shape, matrix.dtype) == ((16, 1024), jnp.bfloat16)
+    layer = nnx_layer(kernel_init=nnx.initializers.constant(0.5), shared_hidden_dim=16)
+    assert {float(jnp.ptp(w) + w.max()) for w in jax.tree.leaves(nnx.to_pure_dict(nnx.state(layer)))} == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -297,7 +291,7 @@ def test_initializers_are_called_as_flax_kernels_are() -> None:
     [
         ({"activation": "gelu"}, r"activation='gelu' is none of gated experts; .*'swiglu', 'geglu', or gated=False"),
         ({"gated": False, "activation": "swiglu"}, r"activation='swiglu' .* plain experts; .* or gated=True"),
-        ({"activation": "tanh"}, r"activation='tanh' .* use one of 'swiglu', 'geglu'$"),
+        ({"activation": "tanh"}, r"activation='tanh' .* use one of 'swiglu', 'geglu'"),
         ({"axis_names": ("expert", "embed")}, r"axis_names=\('expert', 'embed'\) are not three"),
         ({"capacity_factor": -1.0}, r"capacity_factor=-1.0"),
     ],
