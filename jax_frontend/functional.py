@@ -181,8 +181,8 @@ def resolve(config: Any, path: str, gated: bool = True, *, warn: bool = True) ->
             names[-1],
             ", ".join(map(repr, config.fqn_to_config)) or "none",
         )
-    matched = {name: None if c is UNMATCHED else c for name, c in found.items()}
-    return ExpertConfigs(matched["w1"], matched["w2"], matched.get("w3"))
+    configs = {name: c if isinstance(c, GroupedMMConfig) else None for name, c in found.items()}
+    return ExpertConfigs(configs["w1"], configs["w2"], configs.get("w3"))
 
 
 def weight_init(kernel_init: Initializer | None) -> Initializer:

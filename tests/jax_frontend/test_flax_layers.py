@@ -12,7 +12,7 @@ from flax import nnx
 
 from tests.jax_frontend.dense import dense_gates, dense_moe
 from xmoe import FqnToConfig, oracle
-from xmoe.jax_frontend import MoE, functional, linen
+from xmoe.jax_frontend import MoE, combine, functional, linen, route, swiglu_experts
 from xmoe.jax_frontend.moe import RouterBias
 
 D, H, E, k, T = 32, 48, 8, 2, 36
@@ -306,3 +306,26 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
 def test_a_layer_without_a_bias_has_none_to_update() -> None:
     with pytest.raises(ValueError, match="bias_update_rate=None"):
         nnx_layer().update_bias(jnp.zeros(E))
+
+
+def test_dropped_slots_stay_out_of_the_bridges_gemms() -> None:
+    """The fused op through the bridge, where groups end before the rows: as in plain JAX, and no gradient of a token
+    that nobody took."""
+    x, logits = tokens(jnp.bfloat16), jax.random.normal(jax.random.key(2), (T, E)) + jnp.arange(float(E))
+    shapes = ((E, 64, D), (E, D, 64), (E, 64, D))
+    weights = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) / 6 for i, shape in enumerate(shapes)]
+
+    def loss(x: jax.Array, implementation: Any) -> Any:
+        routing = route(logits, k, capacity_factor=0.6)
+        sizes, order = routing.group_sizes, routing.order
+        rows = swiglu_experts(x, *weights, sizes, config="fp8_rowwise", order=order, implementation=implementation)
+        y = combine(rows, routing.scores, order)
+        return (y**2).sum(), (y, routing)
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICKLY)
+    (dx, (y, routing)), (want_dx, (want_y, _)) = run(x, "bridge"), run(x, "jax")
+    dropped = (np.asarray(routing.scores) == 0).all(axis=1)
+    assert 0 < dropped.sum() < T
+    assert not (np.any(y[dropped]) or np.any(dx[dropped]))
+    assert oracle.sqnr(want_y, y) >= 120
+    assert oracle.sqnr(want_dx.astype(jnp.float32), dx.astype(jnp.float32)) >= 50  # a last bit of bfloat16
