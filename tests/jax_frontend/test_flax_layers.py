@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from tests.jax_frontend.dense import dense_gates, dense_moe
+from tests.jax_frontend.values import KERNEL_TIER
 from xmoe import FqnToConfig, oracle
 from xmoe.jax_frontend import MoE, combine, functional, linen, route, swiglu_experts
 from xmoe.jax_frontend.moe import RouterBias
@@ -326,6 +327,7 @@ def test_dropped_slots_stay_out_of_the_bridges_gemms() -> None:
     (dx, (y, routing)), (want_dx, (want_y, _)) = run(x, "bridge"), run(x, "jax")
     dropped = (np.asarray(routing.scores) == 0).all(axis=1)
     assert 0 < dropped.sum() < T
-    assert not (np.any(y[dropped]) or np.any(dx[dropped]))
+    assert not np.any(y[dropped])
+    assert not np.any(dx[dropped])
     assert oracle.sqnr(want_y, y) >= 120
-    assert oracle.sqnr(want_dx.astype(jnp.float32), dx.astype(jnp.float32)) >= 50  # a last bit of bfloat16
+    assert oracle.sqnr(want_dx.astype(jnp.float32), dx.astype(jnp.float32)) >= KERNEL_TIER
