@@ -18,6 +18,10 @@ from xmoe.jax_frontend.hf import to_hf as to_hf
 from xmoe.jax_frontend.permute import combine as combine
 from xmoe.jax_frontend.permute import permute_tokens as permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
+from xmoe.jax_frontend.router import load_balance_loss as load_balance_loss
+from xmoe.jax_frontend.router import route as route
+from xmoe.jax_frontend.router import router_z_loss as router_z_loss
+from xmoe.jax_frontend.router import update_bias as update_bias
 from xmoe.jax_frontend.weights import from_torch as from_torch
 from xmoe.jax_frontend.weights import to_torch as to_torch
 from xmoe.jax_frontend.wgrad import ragged_dot_wgrad as ragged_dot_wgrad
@@ -32,12 +36,16 @@ __all__ = [
     "combine",
     "from_hf",
     "from_torch",
+    "load_balance_loss",
     "permute_tokens",
     "ragged_dot",
     "ragged_dot_wgrad",
+    "route",
+    "router_z_loss",
     "swiglu_experts",
     "to_hf",
     "to_torch",
+    "update_bias",
 ]
 
 

@@ -1,10 +1,10 @@
-"""A dropless token-choice mixture-of-experts layer for Flax NNX; parameters and math are those of the PyTorch one.
+"""A token-choice mixture-of-experts layer for Flax NNX; parameters and math are those of the PyTorch one.
 
+What it computes is in ``functional.py`` and ``router.py``; ``linen.py`` has the same layer for Flax Linen.
 T = tokens, D = model width, H = width of an expert, E = experts, k = experts of each token.
 """
 
-import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,57 +14,78 @@ try:
 except ImportError as error:
     raise ImportError(f'xmoe.jax_frontend.MoE needs flax ({error}): pip install "xmoe[flax]"') from error
 
-from xmoe.config import GroupedMMConfig, LinearConfig, as_config
-from xmoe.fqn import UNMATCHED, FqnToConfig, Name, dotted
-from xmoe.jax_frontend.experts import swiglu_experts
-from xmoe.jax_frontend.permute import combine, permute_tokens
-from xmoe.jax_frontend.ragged_dot import ragged_dot
-from xmoe.operands import FEATURE_MULTIPLE
+from xmoe.fqn import Name, dotted
+from xmoe.jax_frontend import functional
+from xmoe.jax_frontend.functional import Activation, AxisNames, ExpertConfigs, Initializer, Weights
+from xmoe.jax_frontend.router import GroupScore, RouterOptions, ScoreFunction, update_bias
 
-_log = logging.getLogger(__name__)
 
-_linear_init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
-_expert_init = nnx.initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2, batch_axis=0
-)
-"""LeCun's normal initialisation, Flax's default, of weights whose last axis is the input's."""
+class RouterBias(nnx.Variable):
+    """A router's bias, float32 [E]: state, and no parameter: optimizers and `nnx.grad` leave it alone."""
 
 
 class Linear(nnx.Module):
     """``weight`` [out, in], as PyTorch stores it; no bias."""
 
-    def __init__(self, in_features: int, out_features: int, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
-        self.weight = nnx.Param(_linear_init(rngs.params(), (out_features, in_features), param_dtype))
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_init: Initializer | None = None,
+        axes: tuple[str | None, ...] | None = None,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.weight = _param((out_features, in_features), kernel_init, axes, param_dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] @ weight^T, in the dtype of x."""
-        return x @ self.weight[...].astype(x.dtype).T
+        return functional.linear(x, self.weight[...])
+
+
+class Router(Linear):
+    """``weight`` [E, D], and ``bias`` [E] (`RouterBias`) or None. `MoE` routes with them."""
+
+    def __init__(self, dim: int, num_experts: int, *, with_bias: bool, **options: Any) -> None:
+        super().__init__(dim, num_experts, **options)
+        self.bias = RouterBias(jnp.zeros(num_experts, jnp.float32)) if with_bias else None
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    """w2(act(w1 x) * w3 x), by default SwiGLU; plain, without w3, w2(act(w1 x))."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
-        self.w1 = Linear(dim, hidden_dim, param_dtype=param_dtype, rngs=rngs)
-        self.w2 = Linear(hidden_dim, dim, param_dtype=param_dtype, rngs=rngs)
-        self.w3 = Linear(dim, hidden_dim, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "swiglu",
+        kernel_init: Initializer | None = None,
+        axis_names: AxisNames | None = None,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def linear(name: str, in_features: int, out_features: int) -> Linear:
+            axes = functional.axes_of(f"shared.{name}", axis_names)
+            return Linear(
+                in_features, out_features, kernel_init=kernel_init, axes=axes, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.w1 = linear("w1", dim, hidden_dim)
+        self.w2 = linear("w2", hidden_dim, dim)
+        self.w3 = linear("w3", dim, hidden_dim) if activation in functional.GATED else None
+        self.activation: Activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.w2(_swiglu(self.w1(x), self.w3(x)))
-
-
-class ExpertConfigs(NamedTuple):
-    """The config of each weight, None for one left alone. Hashable, as a static argument of `jax.jit` must be."""
-
-    w1: GroupedMMConfig | None
-    w2: GroupedMMConfig | None
-    w3: GroupedMMConfig | None
+        w3 = None if self.w3 is None else self.w3.weight[...]
+        return functional.feed_forward(x, Weights(self.w1.weight[...], self.w2.weight[...], w3), self.activation)
 
 
 class Experts(nnx.Module):
-    """E SwiGLU experts on tokens sorted by expert: ``w1``, ``w3`` [E, H, D] and ``w2`` [E, D, H].
+    """E experts on tokens sorted by expert: ``w1``, and if they are gated ``w3``, [E, H, D] and ``w2`` [E, D, H].
 
-    Weights of one config run as one op, `swiglu_experts`.
+    SwiGLU weights of one config run as one op, `swiglu_experts`.
     """
 
     def __init__(
@@ -74,40 +95,38 @@ class Experts(nnx.Module):
         num_experts: int,
         *,
         configs: ExpertConfigs,
+        activation: Activation = "swiglu",
+        kernel_init: Initializer | None = None,
+        axis_names: AxisNames | None = None,
         param_dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
-        self.w1 = nnx.Param(_expert_init(rngs.params(), (num_experts, hidden_dim, dim), param_dtype))
-        self.w2 = nnx.Param(_expert_init(rngs.params(), (num_experts, dim, hidden_dim), param_dtype))
-        self.w3 = nnx.Param(_expert_init(rngs.params(), (num_experts, hidden_dim, dim), param_dtype))
+        def weight(name: str, *shape: int) -> nnx.Param:
+            axes = functional.axes_of(f"experts.{name}", axis_names)
+            return _param((num_experts, *shape), kernel_init, axes, param_dtype, rngs)
+
+        self.w1 = weight("w1", hidden_dim, dim)
+        self.w2 = weight("w2", dim, hidden_dim)
+        self.w3 = weight("w3", hidden_dim, dim) if activation in functional.GATED else None
         self.configs = nnx.static(configs)
+        self.activation: Activation = activation
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array, order: jax.Array | None = None) -> jax.Array:
         """x [M, D] -> [M, D]; ``group_sizes`` int32 [E] rows of each expert. With the ``order`` of `permute_tokens` x
-        is [T, D], not sorted yet."""
-        configs = self.configs
-        if configs.w1 is not None and configs.w1 == configs.w2 == configs.w3:
-            w1, w2, w3 = (w[...].astype(x.dtype) for w in (self.w1, self.w2, self.w3))
-            return swiglu_experts(x, w1, w2, w3, group_sizes, config=configs.w1, order=order)
-        x = x if order is None else permute_tokens(x, order)
-        hidden = _swiglu(self._dot(x, "w1", group_sizes), self._dot(x, "w3", group_sizes))
-        return self._dot(hidden, "w2", group_sizes)
-
-    def _dot(self, x: jax.Array, name: str, group_sizes: jax.Array) -> jax.Array:
-        weight, config = getattr(self, name)[...].astype(x.dtype), getattr(self.configs, name)
-        if config is None and x.dtype != jnp.bfloat16:  # left alone: the kernels would round to bfloat16
-            highest = jax.lax.Precision.HIGHEST
-            return jax.lax.ragged_dot(x, weight.swapaxes(1, 2), group_sizes, precision=highest)
-        return ragged_dot(x, weight, group_sizes, config=config, transpose_rhs=True)
+        is [T, D], not sorted yet. Rows past the last expert's come out as zeros."""
+        weights = Weights(self.w1[...], self.w2[...], None if self.w3 is None else self.w3[...])
+        return functional.apply_experts(x, weights, group_sizes, order, self.configs, self.activation)
 
 
 class MoE(nnx.Module):
-    """Routes each token to its ``top_k`` best of ``num_experts`` SwiGLU experts; no token is dropped.
+    """Routes each token to its ``top_k`` best of ``num_experts`` experts; unless ``capacity_factor`` says so, no token
+    is dropped.
 
     Parameters, named and shaped as in the PyTorch layer: ``router.weight`` [E, D], ``experts.w1`` and ``experts.w3``
     [E, H, D], ``experts.w2`` [E, D, H], and with ``shared_hidden_dim`` those of the expert that sees every token,
     ``shared.w1.weight`` and so on. Where two experts score the same, this layer takes the one with the lower index
-    (`jax.lax.top_k`); PyTorch promises no order.
+    (`jax.lax.top_k`); PyTorch promises no order. With ``bias_update_rate`` there is also ``router.bias``, float32 [E],
+    a `RouterBias`.
 
     Weights begin at LeCun's normal initialisation: truncated, of variance 1 / fan-in. (The PyTorch layer draws all of
     its weights from N(0, 0.02²).)
@@ -115,15 +134,38 @@ class MoE(nnx.Module):
     In bfloat16 XLA keeps some intermediate results in float32. Under ``xla_allow_excess_precision=False`` it rounds
     where PyTorch does.
 
+    Under `nnx.capture` with `nnx.Intermediate` each call sows the metrics of `Routing.metrics`, one
+    `nnx.Intermediate` a name: the tokens of each expert, the largest load, the fraction of slots dropped, the router's
+    entropy, and the load-balance and z losses, which may be trained on::
+
+        (y, _), metrics = nnx.capture(layer, nnx.Intermediate)(x)
+        loss = task_loss(y) + 0.001 * metrics["router_z_loss"][0]  # a value for each call of the layer
+
     Args:
         dim, hidden_dim: D and H, multiples of 16.
         num_experts, top_k: E and k.
-        shared_hidden_dim: the width of the shared expert; None or 0: there is none.
+        shared_hidden_dim: the width of the shared expert; None or 0: there is none. Several shared experts are one of
+            their widths' sum.
         normalize_scores: the scores of a token's k experts sum to 1.
+        score_function, scaling_factor, num_expert_groups, num_limited_groups, group_score, capacity_factor: as in
+            `route`.
+        bias_update_rate: balances the load by a bias instead of a loss: after each call in training mode `update_bias`
+            moves ``router.bias`` at this rate, 0.001 in DeepSeek-V3. With 0 the bias stays until the method
+            `update_bias` is called, as it must be where a step has several micro-batches, or devices that see their own
+            tokens only. None: there is no bias.
+        gated: experts are w2(act(w1 x) * w3 x); if False, w2(act(w1 x)), and there is no w3. Also of the shared one.
+        activation: "swiglu" (the default) or "geglu" of gated experts; "gelu" (the default), "relu", "relu2", "silu" of
+            plain ones. GELU is `jax.nn.gelu`, the tanh approximation; relu2 is ReLU squared.
         config: of the experts' GEMMs: a `GroupedMMConfig`, a recipe (enum or name), a `FqnToConfig`, or None to leave
             them in ``dtype``. A `FqnToConfig` that says nothing about any of them is logged as a warning.
         path: this layer's name or path in its model, which the keys of a `FqnToConfig` begin with: "layers.0.moe" or
             ("layers", 0, "moe").
+        deterministic: evaluation mode, in which the bias stays. ``train()`` and ``eval()`` switch it.
+        kernel_init: of every weight: an initializer of kernels [in, out], such as `nnx.initializers.normal(0.02)`,
+            called once for each expert. None: as above.
+        axis_names: logical names of E, D and H, such as ("expert", "embed", "mlp"); they become the parameters'
+            ``out_sharding``, so, unless under `nnx.use_eager_sharding(False)`, the layer is made with a mesh set and
+            under `flax.nnx.logical_axis_rules`. The router's experts have no name. None: no names.
         dtype: the experts compute in it: bfloat16 or float32; None: in the dtype of the input, as in PyTorch.
         param_dtype: the parameters are stored in it.
 
@@ -140,70 +182,83 @@ class MoE(nnx.Module):
         *,
         shared_hidden_dim: int | None = None,
         normalize_scores: bool = True,
+        score_function: ScoreFunction = "softmax",
+        scaling_factor: float = 1.0,
+        num_expert_groups: int | None = None,
+        num_limited_groups: int | None = None,
+        group_score: GroupScore = "top2_sum",
+        capacity_factor: float | None = None,
+        bias_update_rate: float | None = None,
+        gated: bool = True,
+        activation: Activation | None = None,
         config: Any = None,
         path: Name = "",
+        deterministic: bool = False,
+        kernel_init: Initializer | None = None,
+        axis_names: AxisNames | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} is out of range; give 1 to num_experts={num_experts}")
-        for name, size in (("dim", dim), ("hidden_dim", hidden_dim)):
-            if size <= 0 or size % FEATURE_MULTIPLE:
-                raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; round it up")
-        self.num_experts, self.top_k, self.normalize_scores = num_experts, top_k, normalize_scores
-        self.dtype = None if dtype is None else jnp.dtype(dtype)
-        self.router = Linear(dim, num_experts, param_dtype=param_dtype, rngs=rngs)
-        configs = _resolve(config, dotted(path))
-        self.experts = Experts(dim, hidden_dim, num_experts, configs=configs, param_dtype=param_dtype, rngs=rngs)
-        if shared_hidden_dim:
-            self.shared = FeedForward(dim, shared_hidden_dim, param_dtype=param_dtype, rngs=rngs)
-        else:
-            self.shared = None
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """``(y, load_balance_loss)`` of x [..., D]: y like x, and a float32 scalar (Switch Transformer, equation 4)."""
-        tokens = x.reshape(-1, x.shape[-1])
-        T, k = tokens.shape[0], self.top_k
-        inputs = tokens if self.dtype is None else tokens.astype(self.dtype)
-        router = self.router.weight[...].astype(jnp.float32)
-        logits = jnp.matmul(tokens.astype(jnp.float32), router.T, precision=jax.lax.Precision.HIGHEST)
-        probabilities = jax.nn.softmax(logits, axis=-1)  # [T, E]
-        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probabilities), k)  # [T, k]
-        scores = (probabilities[:, None] * jax.nn.one_hot(chosen, self.num_experts)).sum(axis=-1)
-        if self.normalize_scores:
-            scores = scores / scores.sum(axis=-1, keepdims=True)
-
-        chosen = chosen.reshape(-1)  # [T * k]
-        order = jnp.argsort(chosen, stable=True)  # slots, by expert
-        group_sizes = (chosen[:, None] == jnp.arange(self.num_experts)).sum(axis=0, dtype=jnp.int32)
-        y = combine(self.experts(inputs, group_sizes, order), scores, order).astype(x.dtype)
-        if self.shared is not None:
-            y = y + self.shared(inputs).astype(x.dtype)
-
-        fraction = group_sizes.astype(jnp.float32) / max(1, T * k)
-        mean = probabilities.sum(axis=0) / max(1, T)
-        return y.reshape(x.shape), self.num_experts * (fraction * mean).sum()
-
-
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up in their dtype; silu in float32, rounded once, as PyTorch does it."""
-    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
-
-
-def _resolve(config: Any, path: str) -> ExpertConfigs:
-    """The configs of the experts of the layer called ``path``."""
-    if not isinstance(config, FqnToConfig):
-        config = None if config is None else as_config(config)
-        return ExpertConfigs(config, config, config)
-    experts = f"{path}.experts".lstrip(".")
-    found = [config.resolve(f"{experts}.{name}") for name in ExpertConfigs._fields]
-    found = [UNMATCHED if isinstance(c, LinearConfig) else c for c in found]  # which says nothing about experts
-    if all(c is UNMATCHED for c in found):
-        _log.warning(
-            "MoE: no key of config matches %s.w1, .w2 or .w3, so they stay unquantized; the keys are %s. Give path= "
-            "this layer's name in its model, or, if that is meant, the key '_default' with None",
-            experts,
-            ", ".join(map(repr, config.fqn_to_config)) or "none",
+        self.options = RouterOptions(
+            num_experts=num_experts,
+            top_k=top_k,
+            score_function=score_function,
+            normalize=normalize_scores,
+            scaling_factor=scaling_factor,
+            num_expert_groups=num_expert_groups,
+            num_limited_groups=num_limited_groups,
+            group_score=group_score,
+            capacity_factor=capacity_factor,
         )
-    return ExpertConfigs(*(None if c is UNMATCHED else c for c in found))
+        functional.check_sizes(dim=dim, hidden_dim=hidden_dim)
+        activation = functional.check_activation(activation, gated)
+        self.num_experts, self.top_k, self.normalize_scores = num_experts, top_k, normalize_scores
+        self.bias_update_rate, self.deterministic = bias_update_rate, deterministic
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+        made: dict[str, Any] = {"kernel_init": kernel_init, "param_dtype": param_dtype, "rngs": rngs}
+        axes = functional.axes_of("router.weight", axis_names)
+        self.router = Router(dim, num_experts, with_bias=bias_update_rate is not None, axes=axes, **made)
+        made |= {"activation": activation, "axis_names": axis_names}
+        configs = functional.resolve(config, dotted(path), gated)
+        self.experts = Experts(dim, hidden_dim, num_experts, configs=configs, **made)
+        self.shared = FeedForward(dim, shared_hidden_dim, **made) if shared_hidden_dim else None
+
+    def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> tuple[jax.Array, jax.Array]:
+        """``(y, load_balance_loss)`` of x [..., D]: y like x, and a float32 scalar (Switch Transformer, equation 4).
+
+        ``deterministic`` overrides the layer's.
+        """
+        bias = None if self.router.bias is None else self.router.bias[...]
+        y, routing = functional.moe(
+            x, self.router.weight[...], bias, self.experts, self.shared, self.options, self.dtype
+        )
+        if hasattr(self, "__captures__"):  # sowing outside of nnx.capture would add variables to the layer
+            for name, value in routing.metrics.items():
+                self.sow(nnx.Intermediate, name, value)
+        training = not (self.deterministic if deterministic is None else deterministic)
+        if training and self.bias_update_rate:
+            self.update_bias(routing.tokens_per_expert)
+        return y, routing.load_balance_loss
+
+    def update_bias(self, tokens_per_expert: jax.Array, rate: float | jax.Array | None = None) -> None:
+        """Moves ``router.bias`` at ``rate`` (None: the layer's) to even the load of [E] tokens (`router.update_bias`).
+
+        Raises:
+            ValueError: the layer has no bias.
+        """
+        rate = self.bias_update_rate if rate is None else rate
+        if self.router.bias is None or rate is None:
+            raise ValueError("bias_update_rate=None: the layer has no bias to update; give a rate, or 0 to call this")
+        self.router.bias[...] = update_bias(self.router.bias[...], tokens_per_expert, rate)
+
+
+def _param(
+    shape: tuple[int, ...],
+    kernel_init: Initializer | None,
+    axes: tuple[str | None, ...] | None,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> nnx.Param:
+    value = functional.weight_init(kernel_init)(rngs.params(), shape, param_dtype)
+    return nnx.Param(value) if axes is None else nnx.Param(value, out_sharding=axes)
