@@ -10,6 +10,9 @@ except ImportError as error:
 
 from typing import TYPE_CHECKING, Any
 
+from xmoe.jax_frontend.expert_parallel import ExpertParallel as ExpertParallel
+from xmoe.jax_frontend.expert_parallel import expert_parallel as expert_parallel
+from xmoe.jax_frontend.expert_parallel import parallel_experts as parallel_experts
 from xmoe.jax_frontend.experts import swiglu_experts as swiglu_experts
 from xmoe.jax_frontend.permute import combine as combine
 from xmoe.jax_frontend.permute import permute_tokens as permute_tokens
@@ -20,7 +23,18 @@ from xmoe.jax_frontend.weights import to_torch as to_torch
 if TYPE_CHECKING:
     from xmoe.jax_frontend.moe import MoE as MoE
 
-__all__ = ["MoE", "combine", "from_torch", "permute_tokens", "ragged_dot", "swiglu_experts", "to_torch"]
+__all__ = [
+    "ExpertParallel",
+    "MoE",
+    "combine",
+    "expert_parallel",
+    "from_torch",
+    "parallel_experts",
+    "permute_tokens",
+    "ragged_dot",
+    "swiglu_experts",
+    "to_torch",
+]
 
 
 def __getattr__(name: str) -> Any:

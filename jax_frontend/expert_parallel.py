@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmoe.jax_frontend.emulation import varying_axes
@@ -45,7 +45,7 @@ Experts = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 class Applied(NamedTuple):
-    """What `apply_experts` gives."""
+    """What `parallel_experts` gives."""
 
     y: jax.Array
     """float32 [T, D]: for each token the sum of its experts' rows times their scores."""
@@ -53,7 +53,7 @@ class Applied(NamedTuple):
     """float32 []: the fraction of this device's slots that found no room; always 0 without ``capacity``."""
 
 
-def apply_experts(
+def parallel_experts(
     experts: Experts,
     x: jax.Array,
     chosen: jax.Array,
@@ -205,7 +205,7 @@ class ExpertParallel:
         axis: the axis of the experts.
         data_axes: axes that only tokens are sharded over; None: all that are neither of the others.
         tensor_axis: the axis that H is sharded over; None: it is not.
-        exchange, capacity: as in `apply_experts`.
+        exchange, capacity: as in `parallel_experts`.
         check_vma: of `jax.shard_map`.
 
     Raises:
@@ -246,6 +246,15 @@ class ExpertParallel:
         """Of the weight called ``name``: "w2" is [E, D, H], all others ("w1", "w3") are [E, H, D]."""
         return P(self.axis, None, self.tensor_axis) if name == "w2" else P(self.axis, self.tensor_axis)
 
+    def check_weight(self, name: str, shape: tuple[int, ...], spec: P) -> None:
+        """Raises ValueError if the mesh does not divide a weight of ``shape``."""
+        for axis, size, sharded in zip("EDH" if name.endswith("w2") else "EHD", shape, (*spec, None), strict=False):
+            if sharded is not None and size % self.mesh.shape[sharded]:
+                raise ValueError(
+                    f"{name} has shape {shape}: {axis}={size} is not a multiple of the {self.mesh.shape[sharded]} "
+                    f"devices of {sharded!r}; use fewer devices, or another {axis}"
+                )
+
     def apply(
         self,
         experts: Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array],
@@ -254,7 +263,7 @@ class ExpertParallel:
         chosen: jax.Array,
         scores: jax.Array,
     ) -> Applied:
-        """`apply_experts` on whole arrays: x [T, D] of all tokens, ``weights`` of all E experts, by name.
+        """`parallel_experts` on whole arrays: x [T, D] of all tokens, ``weights`` of all E experts, by name.
 
         ``experts`` takes a device's share of ``weights`` and what `Experts` take. ``dropped`` is that of all slots.
         """
@@ -267,7 +276,7 @@ class ExpertParallel:
         (num_experts,) = {w.shape[0] for w in jax.tree.leaves(weights)}
 
         def local(weights: Any, x: jax.Array, chosen: jax.Array, scores: jax.Array) -> Applied:
-            applied = apply_experts(
+            applied = parallel_experts(
                 lambda rows, sizes, order: experts(weights, rows, sizes, order),
                 x, chosen, scores, num_experts=num_experts, axis=self.axis, tensor_axis=self.tensor_axis,
                 exchange=self.exchange, capacity=self.capacity,
@@ -302,6 +311,57 @@ class ExpertParallel:
             )
 
         return self.apply(experts, {"w1": w1, "w2": w2, "w3": w3}, x, chosen, scores)
+
+    def layer(self, experts: Any, x: jax.Array, chosen: jax.Array, scores: jax.Array) -> jax.Array:
+        """``y`` of `apply` with the NNX module ``experts`` of a `MoE`, whose parameters are [E, ...].
+
+        With ``capacity``, the fraction of slots dropped is sown into it as ``dropped`` (`flax.nnx.Intermediate`) under
+        `flax.nnx.capture`.
+        """
+        from flax import nnx
+
+        graph, state = nnx.split(experts)
+
+        def local(weights: Any, rows: jax.Array, sizes: jax.Array, order: jax.Array | None) -> jax.Array:
+            return nnx.merge(graph, weights)(rows, sizes, order)
+
+        y, dropped = self.apply(local, nnx.to_pure_dict(state), x, chosen, scores)
+        if hasattr(experts, "__captures__"):
+            experts.sow(nnx.Intermediate, "dropped", dropped)
+        return y
+
+
+def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) -> Any:
+    """The NNX `MoE` ``moe``, converted in place to run on ``mesh``: its experts sharded over ``axis``, each token's rows
+    sent to them. The router, and what else it has, runs under XLA's automatic sharding.
+
+    Names, shapes and gradients of its parameters stay as they are; they are put on the mesh here, the experts' sharded
+    and all others replicated, so make the optimizer afterwards. Give it tokens sharded over ``token_axes`` of its
+    attribute ``parallel``, and call it under `jax.jit` or `flax.nnx.jit`. ``moe.parallel = None`` undoes it.
+
+    Args:
+        moe: a `xmoe.jax_frontend.MoE`.
+        mesh, axis, options: of `ExpertParallel`.
+
+    Raises:
+        ValueError: an argument does not fit; it is named with its value and the fix.
+    """
+    from flax import nnx
+
+    parallel = ExpertParallel(mesh=mesh, axis=axis, **options)
+    if AxisType.Auto not in mesh.axis_types or len({*mesh.axis_types}) > 1:
+        raise ValueError(
+            f"mesh has axis_types={mesh.axis_types}; the layer around its experts is sharded automatically: give "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)"
+        )
+    for path, variable in nnx.to_flat_state(nnx.state(moe)):
+        spec = P()
+        if path[0] == "experts":
+            spec = parallel.spec(path[-1])
+            parallel.check_weight(".".join(map(str, path)), variable.shape, spec)
+        variable.set_value(jax.device_put(variable[...], NamedSharding(mesh, spec)))
+    moe.parallel = parallel
+    return moe
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -16,6 +16,7 @@ except ImportError as error:
 
 from xmoe.config import GroupedMMConfig, LinearConfig, as_config
 from xmoe.fqn import UNMATCHED, FqnToConfig, Name, dotted
+from xmoe.jax_frontend.expert_parallel import ExpertParallel
 from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.permute import combine, permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot
@@ -153,6 +154,8 @@ class MoE(nnx.Module):
                 raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; round it up")
         self.num_experts, self.top_k, self.normalize_scores = num_experts, top_k, normalize_scores
         self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self.parallel: ExpertParallel | None = None
+        """How the experts lie on a mesh (`expert_parallel`); None: on one device."""
         self.router = Linear(dim, num_experts, param_dtype=param_dtype, rngs=rngs)
         configs = _resolve(config, dotted(path))
         self.experts = Experts(dim, hidden_dim, num_experts, configs=configs, param_dtype=param_dtype, rngs=rngs)
@@ -177,7 +180,10 @@ class MoE(nnx.Module):
         chosen = chosen.reshape(-1)  # [T * k]
         order = jnp.argsort(chosen, stable=True)  # slots, by expert
         group_sizes = (chosen[:, None] == jnp.arange(self.num_experts)).sum(axis=0, dtype=jnp.int32)
-        y = combine(self.experts(inputs, group_sizes, order), scores, order).astype(x.dtype)
+        if self.parallel is None:
+            y = combine(self.experts(inputs, group_sizes, order), scores, order).astype(x.dtype)
+        else:
+            y = self.parallel.layer(self.experts, inputs, chosen.reshape(T, k), scores).astype(x.dtype)
         if self.shared is not None:
             y = y + self.shared(inputs).astype(x.dtype)
 
