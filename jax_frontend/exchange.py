@@ -92,10 +92,10 @@ def _exchange_blocks(static: Static, x: jax.Array, outgoing: Slices, incoming: S
 
     row = jnp.arange(size, dtype=jnp.int32)
     # Slices lie in the order of the peers, in either direction: the last one that begins at or before a row may own it.
-    peer = jnp.searchsorted(incoming.here + incoming.sizes, row, side="right")
+    peer = jnp.searchsorted(incoming.here + incoming.sizes, row, side="right", method="scan_unrolled")
     peer = jnp.minimum(peer, incoming.here.size - 1)
     within = row - incoming.here[peer]
-    there = (0 <= within) & (within < incoming.sizes[peer])
+    there = (within >= 0) & (within < incoming.sizes[peer])
     blocks = blocks.reshape(-1, *x.shape[1:])
     return _rows_or_zeros(blocks, jnp.where(there, peer * block + within, blocks.shape[0]))
 
@@ -105,9 +105,7 @@ def _rows_or_zeros(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
-def _vary_alike(
-    x: jax.Array, outgoing: Slices, incoming: Slices
-) -> tuple[jax.Array, Slices, Slices]:
+def _vary_alike(x: jax.Array, outgoing: Slices, incoming: Slices) -> tuple[jax.Array, Slices, Slices]:
     """All of them, varying over the axes that any of them varies over."""
     from xmoe.jax_frontend.ragged_dot import vary_together
 

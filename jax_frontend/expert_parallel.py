@@ -9,7 +9,7 @@ Exchanges, for each device:
 |---|---|---|---|
 | "ragged_all_to_all" | each slot's row to its expert's device | those rows | least traffic; GPU and TPU |
 | "all_to_all" | the same, in blocks padded to M rows a peer | the same | where XLA has no ragged one: the CPU |
-| "all_gather" | its T tokens to every device | P * T tokens, then sums of float32 | two plain collectives; P at most k |
+| "all_gather" | its T tokens to every device | P * T tokens, then float32 sums | plain collectives; for P up to k |
 
 With any of them the rows of an expert lie in the order of their slots, devices one after the other, which is the order
 on a single device that has all tokens. So where only this axis shards tokens, outputs of the experts, their weights'
@@ -21,6 +21,7 @@ to a shard of H: in the MX and block-wise formats they are those of the single d
 the block; in ``fp8_rowwise`` a row has one scale a shard, which is finer than one.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +33,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmoe.jax_frontend.emulation import varying_axes
-from xmoe.jax_frontend.exchange import Axis, exchange as exchange_rows, slices
+from xmoe.jax_frontend.exchange import Axis, slices
+from xmoe.jax_frontend.exchange import exchange as exchange_rows
 from xmoe.jax_frontend.experts import swiglu_experts
-from xmoe.jax_frontend.permute import combine, permute_tokens
+from xmoe.jax_frontend.permute import combine, permute_tokens, take
 from xmoe.jax_frontend.plan import platform
 
 Exchange = Literal["ragged_all_to_all", "all_to_all", "all_gather"]
@@ -91,7 +93,9 @@ def parallel_experts(
     if num_experts <= 0 or num_experts % devices:
         raise ValueError(f"num_experts={num_experts} is not a positive multiple of the {devices} devices of {axis!r}")
     if capacity is not None and not capacity > 0:
-        raise ValueError(f"capacity={capacity} is not positive; give a multiple of a balanced load such as 1.5, or None")
+        raise ValueError(
+            f"capacity={capacity} is not positive; give a multiple of a balanced load such as 1.5, or None"
+        )
     slots = chosen.size
     room = devices * slots if capacity is None else min(devices * slots, math.ceil(capacity * slots))
 
@@ -129,9 +133,9 @@ def _by_all_to_all(
     rows = exchange_rows(rows, room, outgoing, incoming, axis=axis, collective=collective)
 
     mine = counts[:, jax.lax.axis_index(axis)]  # [sender, expert]: rows arrive in this order
-    by_expert = jnp.argsort(_owners(mine, room), stable=True)
+    place, by_expert = _transposition(mine, room)
     out = experts(rows, mine.sum(axis=0), by_expert)
-    out = permute_tokens(out, jnp.argsort(by_expert))  # as they came
+    out = take(1, out, place, by_expert)  # as they came
     out = exchange_rows(out, chosen.size, incoming, outgoing, axis=axis, collective=collective)
     return combine(out, scores, order)
 
@@ -163,11 +167,26 @@ def _count(chosen: jax.Array, num_experts: int) -> jax.Array:
     return (chosen[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
 
 
-def _owners(counts: jax.Array, rows: int) -> jax.Array:
-    """int32 [rows]: the expert of each row, where ``counts`` [senders, G] rows came in that order; G past the last."""
-    ends, row = jnp.cumsum(counts.reshape(-1), dtype=jnp.int32), jnp.arange(rows, dtype=jnp.int32)
-    experts = counts.shape[1]
-    return jnp.where(row < ends[-1], jnp.searchsorted(ends, row, side="right") % experts, experts)
+def _transposition(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """``(place, order)`` int32 [rows], each the inverse of the other, where ``counts`` [senders, G] rows come by sender
+    and expert and are wanted by expert and sender: row r goes to ``place[r]``, and rows past the last one stay.
+
+    What a stable sort by expert would give, from the few ends of segments.
+    """
+
+    def ends(counts: jax.Array) -> jax.Array:
+        return jnp.cumsum(counts.reshape(-1), dtype=jnp.int32)
+
+    come, wanted = ends(counts), ends(counts.T)
+    shift = wanted.reshape(counts.T.shape).T.reshape(-1) - come  # of each segment that comes
+    back = -shift.reshape(counts.shape).T.reshape(-1)
+    row = jnp.arange(rows, dtype=jnp.int32)
+
+    def moved(ends: jax.Array, shift: jax.Array) -> jax.Array:
+        segment = jnp.searchsorted(ends, row, side="right", method="scan_unrolled")
+        return row + jnp.where(segment < ends.size, shift[jnp.minimum(segment, ends.size - 1)], 0)
+
+    return moved(come, shift), moved(wanted, back)
 
 
 def _cut(chosen: jax.Array, counts: jax.Array, room: int, axis: Axis) -> tuple[jax.Array, jax.Array]:
@@ -258,7 +277,7 @@ class ExpertParallel:
     def apply(
         self,
         experts: Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array],
-        weights: dict[str, Any],
+        weights: dict[str, jax.Array],
         x: jax.Array,
         chosen: jax.Array,
         scores: jax.Array,
@@ -273,18 +292,24 @@ class ExpertParallel:
             raise ValueError(
                 f"x has T={x.shape[0]} tokens, which {self.token_axes} do not divide into {shards}; pad the batch"
             )
-        (num_experts,) = {w.shape[0] for w in jax.tree.leaves(weights)}
+        specs = {name: self.spec(name) for name in weights}
+        for name, weight in weights.items():
+            self.check_weight(name, weight.shape, specs[name])
+        E, *others = {weight.shape[0] for weight in weights.values()}
+        if others:
+            raise ValueError(f"weights are of {E} and of {others[0]} experts; give all of them the same E")
 
         def local(weights: Any, x: jax.Array, chosen: jax.Array, scores: jax.Array) -> Applied:
+            # Here, so that gradients are summed over shards in the weights' own dtype.
+            weights = jax.tree.map(functools.partial(_vary_over, self.token_axes), weights)
             applied = parallel_experts(
                 lambda rows, sizes, order: experts(weights, rows, sizes, order),
-                x, chosen, scores, num_experts=num_experts, axis=self.axis, tensor_axis=self.tensor_axis,
+                x, chosen, scores, num_experts=E, axis=self.axis, tensor_axis=self.tensor_axis,
                 exchange=self.exchange, capacity=self.capacity,
             )  # fmt: skip
             return Applied(applied.y, jax.lax.pmean(applied.dropped, self.token_axes))
 
         tokens = P(self.token_axes)
-        specs = {name: self.spec(name) for name in weights}
         mapped = jax.shard_map(
             local, mesh=self.mesh, in_specs=(specs, tokens, tokens, tokens), out_specs=Applied(tokens, P()),
             check_vma=self.check_vma,
@@ -312,28 +337,10 @@ class ExpertParallel:
 
         return self.apply(experts, {"w1": w1, "w2": w2, "w3": w3}, x, chosen, scores)
 
-    def layer(self, experts: Any, x: jax.Array, chosen: jax.Array, scores: jax.Array) -> jax.Array:
-        """``y`` of `apply` with the NNX module ``experts`` of a `MoE`, whose parameters are [E, ...].
-
-        With ``capacity``, the fraction of slots dropped is sown into it as ``dropped`` (`flax.nnx.Intermediate`) under
-        `flax.nnx.capture`.
-        """
-        from flax import nnx
-
-        graph, state = nnx.split(experts)
-
-        def local(weights: Any, rows: jax.Array, sizes: jax.Array, order: jax.Array | None) -> jax.Array:
-            return nnx.merge(graph, weights)(rows, sizes, order)
-
-        y, dropped = self.apply(local, nnx.to_pure_dict(state), x, chosen, scores)
-        if hasattr(experts, "__captures__"):
-            experts.sow(nnx.Intermediate, "dropped", dropped)
-        return y
-
 
 def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) -> Any:
-    """The NNX `MoE` ``moe``, converted in place to run on ``mesh``: its experts sharded over ``axis``, each token's rows
-    sent to them. The router, and what else it has, runs under XLA's automatic sharding.
+    """The NNX `MoE` ``moe``, converted in place to run on ``mesh``, with its experts sharded over ``axis``. The router,
+    and what else it has, runs under XLA's automatic sharding.
 
     Names, shapes and gradients of its parameters stay as they are; they are put on the mesh here, the experts' sharded
     and all others replicated, so make the optimizer afterwards. Give it tokens sharded over ``token_axes`` of its

@@ -86,20 +86,31 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, group_sizes: jax.Array, order: jax.Array | None = None) -> jax.Array:
         """x [M, D] -> [M, D]; ``group_sizes`` int32 [E] rows of each expert. With the ``order`` of `permute_tokens` x
         is [T, D], not sorted yet."""
+        weights = {name: getattr(self, name)[...] for name in ExpertConfigs._fields}
+        return self.compute(weights, x, group_sizes, order)
+
+    def compute(
+        self, weights: dict[str, jax.Array], x: jax.Array, group_sizes: jax.Array, order: jax.Array | None = None
+    ) -> jax.Array:
+        """The same with ``weights`` in place of the parameters: of fewer experts, say, or shards of H."""
         configs = self.configs
+        weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
         if configs.w1 is not None and configs.w1 == configs.w2 == configs.w3:
-            w1, w2, w3 = (w[...].astype(x.dtype) for w in (self.w1, self.w2, self.w3))
+            w1, w2, w3 = (weights[name] for name in ExpertConfigs._fields)
             return swiglu_experts(x, w1, w2, w3, group_sizes, config=configs.w1, order=order)
         x = x if order is None else permute_tokens(x, order)
-        hidden = _swiglu(self._dot(x, "w1", group_sizes), self._dot(x, "w3", group_sizes))
-        return self._dot(hidden, "w2", group_sizes)
+        gate, up = (_dot(x, weights[name], group_sizes, getattr(configs, name)) for name in ("w1", "w3"))
+        return _dot(_swiglu(gate, up), weights["w2"], group_sizes, configs.w2)
 
-    def _dot(self, x: jax.Array, name: str, group_sizes: jax.Array) -> jax.Array:
-        weight, config = getattr(self, name)[...].astype(x.dtype), getattr(self.configs, name)
-        if config is None and x.dtype != jnp.bfloat16:  # left alone: the kernels would round to bfloat16
-            highest = jax.lax.Precision.HIGHEST
-            return jax.lax.ragged_dot(x, weight.swapaxes(1, 2), group_sizes, precision=highest)
-        return ragged_dot(x, weight, group_sizes, config=config, transpose_rhs=True)
+
+def _dot(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, config: GroupedMMConfig | None) -> jax.Array:
+    """[M, N] of x [M, K] and weight [E, N, K]; rows past the last expert's come out as zeros."""
+    if config is None and x.dtype != jnp.bfloat16:  # left alone: the kernels would round to bfloat16
+        # JAX says nothing about rows past the last group, neither in the product nor in the gradient.
+        within, highest = (jnp.arange(x.shape[0]) < group_sizes.sum())[:, None], jax.lax.Precision.HIGHEST
+        x = jax.lax.ragged_dot(jnp.where(within, x, 0), weight.swapaxes(1, 2), group_sizes, precision=highest)
+        return jnp.where(within, x, 0)
+    return ragged_dot(x, weight, group_sizes, config=config, transpose_rhs=True)
 
 
 class MoE(nnx.Module):
@@ -183,7 +194,11 @@ class MoE(nnx.Module):
         if self.parallel is None:
             y = combine(self.experts(inputs, group_sizes, order), scores, order).astype(x.dtype)
         else:
-            y = self.parallel.layer(self.experts, inputs, chosen.reshape(T, k), scores).astype(x.dtype)
+            weights = {name: getattr(self.experts, name)[...] for name in ExpertConfigs._fields}
+            y, dropped = self.parallel.apply(self.experts.compute, weights, inputs, chosen.reshape(T, k), scores)
+            y = y.astype(x.dtype)
+            if hasattr(self, "__captures__"):  # sowing outside of nnx.capture would add a variable to the layer
+                self.sow(nnx.Intermediate, "exchange_drop_fraction", dropped)
         if self.shared is not None:
             y = y + self.shared(inputs).astype(x.dtype)
 

@@ -18,7 +18,6 @@ from xmoe.jax_frontend import (
     MoE,
     combine,
     expert_parallel,
-    parallel_experts,
     permute_tokens,
     swiglu_experts,
 )
@@ -43,7 +42,6 @@ WEIGHTS = {"w1": normal(2, E, H, D) / 6, "w2": normal(3, E, D, H) / 8, "w3": nor
 CHOSEN = jax.lax.top_k(normal(5, T, E) + jnp.arange(E) / 4, k)[1]  # uneven
 SCORES = 2.0 ** -jax.random.randint(jax.random.key(6), (T, k), 0, 3).astype(jnp.float32)
 """Powers of two: products with them are exact, so a fused multiply-add gives no other bits."""
-assert len(jnp.bincount(CHOSEN.reshape(-1), length=E)) == E, "one count an expert"
 
 
 def ragged_all_to_all(
@@ -99,20 +97,23 @@ def alone(
     return combine(experts(weights, x, sizes, order), scores, order)
 
 
-def with_gradients(f: Any, *arguments: Any) -> dict[str, jax.Array]:
-    """y of f(weights, x, scores) and its gradients with DY, by name."""
+def with_gradients(f: Any) -> Any:
+    """(weights, x, scores, ...) -> y of f(weights, x, scores, ...) and its gradients with DY, by name."""
 
-    def run(*arguments: Any) -> Any:
-        y, vjp = jax.vjp(f, *arguments)
-        return y, *vjp(DY[: y.shape[0]])
+    def run(weights: Any, x: jax.Array, scores: jax.Array, *rest: Any) -> dict[str, jax.Array]:
+        y, vjp = jax.vjp(lambda *a: f(*a, *rest), weights, x, scores)
+        weights, x, scores = vjp(DY)
+        return {"y": y, "x": x, "scores": scores, **weights}
 
-    y, weights, x, scores = jax.jit(run)(*arguments)
-    return {"y": y, "x": x, "scores": scores, **weights}
+    return jax.jit(run)
+
+
+float32_alone = with_gradients(functools.partial(alone, float32_experts))
 
 
 @functools.cache
 def single(experts: Any, dtype: str = "float32") -> dict[str, jax.Array]:
-    return with_gradients(functools.partial(alone, experts), WEIGHTS, X.astype(dtype), SCORES)
+    return with_gradients(functools.partial(alone, experts))(WEIGHTS, X.astype(dtype), SCORES)
 
 
 def on_mesh(experts: Any, how: Any, axes: str, dtype: str = "float32", **options: Any) -> dict[str, jax.Array]:
@@ -122,7 +123,7 @@ def on_mesh(experts: Any, how: Any, axes: str, dtype: str = "float32", **options
     def f(weights: dict[str, jax.Array], x: jax.Array, scores: jax.Array) -> jax.Array:
         return parallel.apply(experts, weights, x, CHOSEN, scores).y
 
-    return with_gradients(f, WEIGHTS, X.astype(dtype), SCORES)
+    return with_gradients(f)(WEIGHTS, X.astype(dtype), SCORES)
 
 
 def sqnr(want: dict[str, jax.Array], got: dict[str, jax.Array]) -> dict[str, float]:
@@ -182,14 +183,23 @@ def test_ragged_exchange_lowers_for_gpus(check_vma: bool) -> None:
     arguments = jax.ShapeDtypeStruct((64, 4), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.int32)
     text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@ragged_all_to_all") == 2
-    assert "all_to_all\"(" not in text
+    assert 'all_to_all"(' not in text
 
 
 # ----------------------------------------------------------------------------------------------------- a single device
 
 
-@each_exchange
-@pytest.mark.parametrize(("axes", "check_vma"), [("8", False), ("2x4", True), ("2x2x2", True), ("2x2x2", False)])
+@pytest.mark.parametrize(
+    ("how", "axes", "check_vma"),
+    [
+        ("ragged_all_to_all", "2x4", True),
+        ("ragged_all_to_all", "2x2x2", False),
+        ("all_to_all", "2x2x2", True),
+        ("all_to_all", "8", False),
+        ("all_gather", "2x4", False),
+        ("all_gather", "2x2x2", True),
+    ],
+)
 @pytest.mark.usefixtures("_ragged_on_cpu")
 def test_results_and_gradients_are_those_of_a_single_device(how: str, axes: str, check_vma: bool) -> None:
     got = sqnr(single(float32_experts), on_mesh(float32_experts, how, axes, check_vma=check_vma))
@@ -255,16 +265,23 @@ def test_what_has_no_room_is_dropped_and_nothing_else(how: Any) -> None:
                 dropped += len(lost)
     assert 10 < dropped < 60
     parallel = ExpertParallel(mesh=mesh_of(MESHES["8"]), exchange=how, capacity=capacity)
-    chosen, kept = (jnp.asarray(a.reshape(T, k)) for a in (chosen, kept))
-    fraction = jax.jit(lambda: parallel.apply(float32_experts, WEIGHTS, X, chosen, SCORES).dropped)()
+
+    def run(weights: Any, x: jax.Array, scores: jax.Array) -> Any:
+        def f(*arguments: Any) -> Any:
+            weights, x, scores = arguments
+            return tuple(parallel.apply(float32_experts, weights, x, jnp.asarray(chosen.reshape(T, k)), scores))
+
+        y, vjp, fraction = jax.vjp(f, weights, x, scores, has_aux=True)
+        weights, x, scores = vjp(DY)
+        return {"y": y, "x": x, "scores": scores, **weights}, fraction
+
+    got, fraction = jax.jit(run)(WEIGHTS, X, SCORES)
     np.testing.assert_allclose(fraction, dropped / (T * k), rtol=1e-6)
-    got = with_gradients(lambda w, x, s: parallel.apply(float32_experts, w, x, chosen, s).y, WEIGHTS, X, SCORES)
-    want = with_gradients(functools.partial(alone, float32_experts, chosen=kept), WEIGHTS, X, SCORES)
+    want = float32_alone(WEIGHTS, X, SCORES, jnp.asarray(kept.reshape(T, k)))
     assert min(sqnr(want, got).values()) >= 120
 
 
-@pytest.mark.parametrize("capacity", [None, 0.01, 7.9])
-@pytest.mark.parametrize("how", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize(("how", "capacity"), [("all_to_all", None), ("all_to_all", 0.01), ("all_gather", 7.9)])
 def test_everybody_to_one_device(how: Any, capacity: float | None) -> None:
     chosen = jnp.full((T, k), 5)
     parallel = ExpertParallel(mesh=mesh_of(MESHES["8"]), exchange=how, capacity=capacity)
@@ -272,15 +289,15 @@ def test_everybody_to_one_device(how: Any, capacity: float | None) -> None:
     kept = {None: T * k, 0.01: 1, 7.9: 190}[capacity]
     np.testing.assert_allclose(dropped, 1 - kept / (T * k), rtol=1e-5, atol=1e-7)
     if capacity is None:
-        want = jax.jit(functools.partial(alone, float32_experts, chosen=chosen))(WEIGHTS, X, SCORES)
+        want = float32_alone(WEIGHTS, X, SCORES, chosen)["y"]
         assert oracle.sqnr(np.asarray(want), y) >= 120
 
 
 # ----------------------------------------------------------------------------------------------------------- the layer
 
 
-def layer(**options: Any) -> MoE:
-    return MoE(D, H, E, k, config="fp8_rowwise", shared_hidden_dim=16, rngs=nnx.Rngs(0), **options)
+def layer() -> MoE:
+    return MoE(D, H, E, k, config="bf16", shared_hidden_dim=16, rngs=nnx.Rngs(0))
 
 
 def test_the_layer_trains_as_on_a_single_device() -> None:
@@ -303,12 +320,62 @@ def test_the_layer_trains_as_on_a_single_device() -> None:
     assert y.sharding.spec == P(("data", "expert"))
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     got = sqnr({"y": want_y}, {"y": y})
-    for (name, gradient), (_, reference) in zip(nnx.to_flat_state(grads), nnx.to_flat_state(want), strict=True):
-        got |= sqnr({".".join(name): reference[...]}, {".".join(name): gradient[...]})
-        assert gradient[...].sharding.is_equivalent_to(nnx.to_flat_state(moe)[name][...].sharding, gradient.ndim)
-    print(got)
-    moe.parallel = None
-    assert moe.experts.w1[...].shape == (E, H, D)
+    for (path, gradient), (_, reference), (_, parameter) in zip(
+        *map(nnx.to_flat_state, (grads, want, nnx.state(moe))), strict=True
+    ):
+        name = ".".join(path)
+        got |= sqnr({name: reference[...]}, {name: gradient[...]})
+        assert gradient[...].sharding.is_equivalent_to(parameter[...].sharding, parameter.ndim), name
+    assert min(got.values()) >= 100, got
+
+
+def test_the_layer_tells_what_had_no_room() -> None:
+    moe = MoE(D, H, E, k, rngs=nnx.Rngs(0))
+    moe.router.weight[...] = jnp.zeros((E, D))  # all experts score the same: everybody takes the first three
+    moe = expert_parallel(moe, mesh_of(MESHES["8"]), capacity=4 / 3, exchange="all_gather")
+    _, metrics = nnx.jit(lambda moe, x: nnx.capture(moe, nnx.Intermediate)(x))(moe, X)
+    (fraction,) = jax.tree.leaves(metrics)
+    assert fraction == 0.5  # each of the three devices has room for 4 / 3 * 24 of 64 slots
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"axis": "model"}, r"axis='model' is not of the mesh; its axes are \('expert',\)"),
+        ({"tensor_axis": "model"}, "tensor_axis='model' is not of the mesh"),
+        ({"data_axes": ("expert",)}, r"share an axis"),
+        ({"exchange": "ring"}, "exchange='ring' is not known; use one of ragged_all_to_all"),
+        ({"exchange": "ragged_all_to_all"}, "no implementation on a CPU in XLA; use 'all_to_all'"),
+        ({"capacity": 0}, "capacity=0 is not positive"),
+        ({"T": 60}, r"T=60 tokens, which \('expert',\) do not divide into 8; pad the batch"),
+        ({"E": 4}, r"w1 has shape \(4, 64, 32\): E=4 is not a multiple of the 8 devices of 'expert'"),
+        ({"chosen": CHOSEN[:8]}, r"chosen has shape \(8, 3\); give \[T, k\], T=64"),
+        ({"chosen": SCORES}, "chosen is float32; give integers"),
+        ({"scores": SCORES[:, :2]}, r"scores has shape \(64, 2\); give \(64, 3\)"),
+        ({"scores": SCORES.astype(jnp.bfloat16)}, "scores is bfloat16"),
+        ({"x": X[None]}, r"x has shape \(1, 64, 32\)"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
+    rows = slice(options.pop("T", T))
+    experts = options.pop("E", E)
+    weights = {name: weight[:experts] for name, weight in WEIGHTS.items()}
+    given = {"x": X[rows], "chosen": CHOSEN[rows], "scores": SCORES[rows]}
+    given |= {name: options.pop(name) for name in [*options] if name in given}
+    with pytest.raises(ValueError, match=match):
+        jax.eval_shape(
+            lambda: ExpertParallel(mesh=mesh_of(MESHES["8"]), **options).apply(float32_experts, weights, **given)
+        )
+
+
+def test_layers_that_a_mesh_does_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"experts.w1 has shape \(6, 64, 32\): E=6 .* multiple of the 8 devices"):
+        expert_parallel(MoE(D, H, 6, k, rngs=nnx.Rngs(0)), mesh_of(MESHES["8"]))
+    tensor = ExpertParallel(mesh=mesh_of({"expert": 2, "tensor": 4}), tensor_axis="tensor")
+    with pytest.raises(ValueError, match=r"experts.w2 has shape \(8, 32, 50\): H=50 is not a multiple of the 4"):
+        tensor.check_weight("experts.w2", (8, 32, 50), tensor.spec("w2"))
+    with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
+        expert_parallel(layer(), mesh_of(MESHES["8"], AxisType.Explicit))
