@@ -299,7 +299,7 @@ class ExpertParallel:
         if others:
             raise ValueError(f"weights are of {E} and of {others[0]} experts; give all of them the same E")
 
-        def local(weights: Any, x: jax.Array, chosen: jax.Array, scores: jax.Array) -> Applied:
+        def local(weights: Any, x: jax.Array, chosen: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
             # Here, so that gradients are summed over shards in the weights' own dtype.
             weights = jax.tree.map(functools.partial(_vary_over, self.token_axes), weights)
             applied = parallel_experts(
@@ -307,14 +307,14 @@ class ExpertParallel:
                 x, chosen, scores, num_experts=E, axis=self.axis, tensor_axis=self.tensor_axis,
                 exchange=self.exchange, capacity=self.capacity,
             )  # fmt: skip
-            return Applied(applied.y, jax.lax.pmean(applied.dropped, self.token_axes))
+            return applied.y, jax.lax.pmean(applied.dropped, self.token_axes)
 
         tokens = P(self.token_axes)
         mapped = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(specs, tokens, tokens, tokens), out_specs=Applied(tokens, P()),
+            local, mesh=self.mesh, in_specs=(specs, tokens, tokens, tokens), out_specs=(tokens, P()),
             check_vma=self.check_vma,
         )  # fmt: skip
-        return mapped(weights, x, chosen, scores)
+        return Applied(*mapped(weights, x, chosen, scores))
 
     def swiglu_experts(
         self,
@@ -364,7 +364,7 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     for path, variable in nnx.to_flat_state(nnx.state(moe)):
         spec = P()
         if path[0] == "experts":
-            spec = parallel.spec(path[-1])
+            spec = parallel.spec(str(path[-1]))
             parallel.check_weight(".".join(map(str, path)), variable.shape, spec)
         variable.set_value(jax.device_put(variable[...], NamedSharding(mesh, spec)))
     moe.parallel = parallel
