@@ -334,7 +334,7 @@ def test_the_layer_tells_what_had_no_room() -> None:
     moe.router.weight[...] = jnp.zeros((E, D))  # all experts score the same: everybody takes the first three
     moe = expert_parallel(moe, mesh_of(MESHES["8"]), capacity=4 / 3, exchange="all_gather")
     _, metrics = nnx.jit(lambda moe, x: nnx.capture(moe, nnx.Intermediate)(x))(moe, X)
-    (fraction,) = jax.tree.leaves(metrics)
+    (fraction,) = jax.tree.leaves(metrics["exchange_drop_fraction"])
     assert fraction == 0.5  # each of the three devices has room for 4 / 3 * 24 of 64 slots
 
 
