@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from xmoe.jax_frontend.autodiff import OUTPUT_NAME as OUTPUT_NAME
 from xmoe.jax_frontend.autodiff import RESIDUAL_NAMES as RESIDUAL_NAMES
+from xmoe.jax_frontend.expert_parallel import ExpertParallel as ExpertParallel
+from xmoe.jax_frontend.expert_parallel import expert_parallel as expert_parallel
+from xmoe.jax_frontend.expert_parallel import parallel_experts as parallel_experts
 from xmoe.jax_frontend.experts import swiglu_experts as swiglu_experts
 from xmoe.jax_frontend.hf import from_hf as from_hf
 from xmoe.jax_frontend.hf import to_hf as to_hf
@@ -32,11 +35,14 @@ if TYPE_CHECKING:
 __all__ = [
     "OUTPUT_NAME",
     "RESIDUAL_NAMES",
+    "ExpertParallel",
     "MoE",
     "combine",
+    "expert_parallel",
     "from_hf",
     "from_torch",
     "load_balance_loss",
+    "parallel_experts",
     "permute_tokens",
     "ragged_dot",
     "ragged_dot_wgrad",

@@ -63,6 +63,7 @@ def moe(
     shared: Callable[[jax.Array], jax.Array] | None,
     options: RouterOptions,
     dtype: jax.typing.DTypeLike | None,
+    parallel: Callable[[jax.Array, Routing], jax.Array] | None = None,
 ) -> tuple[jax.Array, Routing]:
     """y like x [..., D], and where its tokens went.
 
@@ -72,12 +73,17 @@ def moe(
         experts: (tokens [T, D], group_sizes [E], order [T * k]) → [T * k, D], sorted by expert.
         shared: [T, D] → [T, D], added to what the experts give.
         dtype: the experts, the shared one too, compute in it; None: in that of x.
+        parallel: (tokens [T, D], routing) → float32 [T, D], in place of ``experts`` and their weighted sum.
     """
     tokens = x.reshape(-1, x.shape[-1])
     inputs = tokens if dtype is None else tokens.astype(dtype)
     logits = jnp.matmul(tokens.astype(jnp.float32), router.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
     routing = options.route(logits, bias)
-    y = combine(experts(inputs, routing.group_sizes, routing.order), routing.scores, routing.order).astype(x.dtype)
+    if parallel is None:
+        y = combine(experts(inputs, routing.group_sizes, routing.order), routing.scores, routing.order)
+    else:
+        y = parallel(inputs, routing)
+    y = y.astype(x.dtype)
     if shared is not None:
         y = y + shared(inputs).astype(x.dtype)
     return y.reshape(x.shape), routing

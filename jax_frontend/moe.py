@@ -16,8 +16,9 @@ except ImportError as error:
 
 from xmoe.fqn import Name, dotted
 from xmoe.jax_frontend import functional
+from xmoe.jax_frontend.expert_parallel import ExpertParallel
 from xmoe.jax_frontend.functional import Activation, AxisNames, ExpertConfigs, Initializer, Weights
-from xmoe.jax_frontend.router import GroupScore, RouterOptions, ScoreFunction, update_bias
+from xmoe.jax_frontend.router import GroupScore, RouterOptions, Routing, ScoreFunction, update_bias
 
 
 class RouterBias(nnx.Variable):
@@ -114,8 +115,19 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, group_sizes: jax.Array, order: jax.Array | None = None) -> jax.Array:
         """x [M, D] -> [M, D]; ``group_sizes`` int32 [E] rows of each expert. With the ``order`` of `permute_tokens` x
         is [T, D], not sorted yet. Rows past the last expert's come out as zeros."""
-        weights = Weights(self.w1[...], self.w2[...], None if self.w3 is None else self.w3[...])
-        return functional.apply_experts(x, weights, group_sizes, order, self.configs, self.activation)
+        return self.compute(self.weights(), x, group_sizes, order)
+
+    def weights(self) -> dict[str, jax.Array]:
+        """By name; w3 only where there is one."""
+        weights = {"w1": self.w1[...], "w2": self.w2[...]}
+        return weights if self.w3 is None else {**weights, "w3": self.w3[...]}
+
+    def compute(
+        self, weights: dict[str, jax.Array], x: jax.Array, group_sizes: jax.Array, order: jax.Array | None
+    ) -> jax.Array:
+        """The same with ``weights`` in place of the parameters: of fewer experts, say, or shards of H."""
+        given = Weights(weights["w1"], weights["w2"], weights.get("w3"))
+        return functional.apply_experts(x, given, group_sizes, order, self.configs, self.activation)
 
 
 class MoE(nnx.Module):
@@ -213,6 +225,8 @@ class MoE(nnx.Module):
         )
         functional.check_sizes(dim=dim, hidden_dim=hidden_dim)
         activation = functional.check_activation(activation, gated)
+        self.parallel: ExpertParallel | None = None
+        """How the experts lie on a mesh (`expert_parallel`); None: on one device."""
         self.num_experts, self.top_k, self.normalize_scores = num_experts, top_k, normalize_scores
         self.bias_update_rate, self.deterministic = bias_update_rate, deterministic
         self.dtype = None if dtype is None else jnp.dtype(dtype)
@@ -231,8 +245,9 @@ class MoE(nnx.Module):
         """
         bias = None if self.router.bias is None else self.router.bias[...]
         y, routing = functional.moe(
-            x, self.router.weight[...], bias, self.experts, self.shared, self.options, self.dtype
-        )
+            x, self.router.weight[...], bias, self.experts, self.shared, self.options, self.dtype,
+            None if self.parallel is None else self._on_mesh,
+        )  # fmt: skip
         if hasattr(self, "__captures__"):  # sowing outside of nnx.capture would add variables to the layer
             for name, value in routing.metrics.items():
                 self.sow(nnx.Intermediate, name, value)
@@ -240,6 +255,17 @@ class MoE(nnx.Module):
         if training and self.bias_update_rate:
             self.update_bias(routing.tokens_per_expert)
         return y, routing.load_balance_loss
+
+    def _on_mesh(self, tokens: jax.Array, routing: Routing) -> jax.Array:
+        assert self.parallel is not None, "called on one device"
+        dropped = self.num_experts  # by capacity_factor: goes nowhere
+        experts = routing.experts if self.options.capacity_factor is None else jnp.where(
+            routing.scores != 0, routing.experts, dropped
+        )  # fmt: skip
+        y, fraction = self.parallel.apply(self.experts.compute, self.experts.weights(), tokens, experts, routing.scores)
+        if hasattr(self, "__captures__"):
+            self.sow(nnx.Intermediate, "exchange_drop_fraction", fraction)
+        return y
 
     def update_bias(self, tokens_per_expert: jax.Array, rate: float | jax.Array | None = None) -> None:
         """Moves ``router.bias`` at ``rate`` (None: the layer's) to even the load of [E] tokens (`router.update_bias`).

@@ -21,7 +21,7 @@ def permute_tokens(x: jax.Array, order: jax.Array) -> jax.Array:
     _check_arrays(x=x, order=order)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; give the tokens, [T, D]")
-    return _take(slots_of_token(x, order), x, order, jnp.argsort(order))
+    return take(slots_of_token(x, order), x, order, jnp.argsort(order))
 
 
 def combine(x: jax.Array, scores: jax.Array, order: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ def combine(x: jax.Array, scores: jax.Array, order: jax.Array) -> jax.Array:
     if order.shape != x.shape[:1]:
         raise ValueError(f"order has shape {order.shape}; give the slot of each row of x, {x.shape[:1]}")
     _check_integers(order)
-    rows = _take(1, x, jnp.argsort(order), order).reshape(*scores.shape, x.shape[-1])
+    rows = take(1, x, jnp.argsort(order), order).reshape(*scores.shape, x.shape[-1])
     return (rows.astype(jnp.float32) * scores[..., None]).sum(axis=1)
 
 
@@ -71,23 +71,23 @@ def sum_slots(x: jax.Array, place: jax.Array, k: int) -> jax.Array:
 
 
 def _take_fwd(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _take(k, x, index, inverse), inverse
+    return take(k, x, index, inverse), inverse
 
 
 def _take_bwd(k: int, inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
     return sum_slots(gradient, inverse, k), None, None
 
 
-def _take(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+def take(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
     """x[index // k], ``index`` a permutation of k slots for each row of x and ``inverse`` its inverse."""
     return x[index // k]
 
 
-_take = jax.custom_vjp(_take, nondiff_argnums=(0,))
-_take.defvjp(_take_fwd, _take_bwd)
+take = jax.custom_vjp(take, nondiff_argnums=(0,))
+take.defvjp(_take_fwd, _take_bwd)
 
 
 def rotate_rows(x: jax.Array, by: jax.Array) -> jax.Array:
     """[M, D]: row r is x[(r + by) % M]; ``by`` is a scalar of int32. A copy of x, and one of its gradient."""
     rows, M = jnp.arange(x.shape[0], dtype=jnp.int32), max(1, x.shape[0])
-    return _take(1, x, (rows + by) % M, (rows - by) % M)
+    return take(1, x, (rows + by) % M, (rows - by) % M)
