@@ -78,13 +78,11 @@ def quantize(
             config, reaches is left alone then, with a warning in the log).
     """
     quantizer = _Quantizer(_mapping(config), verbose)
-    if flax := sys.modules.get("flax"):
+    if "flax" in sys.modules:
         from xmoe.jax_frontend import convert_flax
 
-        if isinstance(model_or_fn, flax.nnx.Module):
-            return convert_flax.quantize_nnx(model_or_fn, quantizer, tuple(methods))
-        if isinstance(model_or_fn, flax.linen.Module):
-            return convert_flax.quantize_linen(model_or_fn, quantizer, tuple(methods))
+        if convert_flax.is_module(model_or_fn):
+            return convert_flax.quantize_module(model_or_fn, quantizer, tuple(methods))
     if not callable(model_or_fn) or inspect.isclass(model_or_fn):
         raise ValueError(f"model_or_fn is {model_or_fn!r}; give a Flax module (an instance of it) or a function")
     fn: Any = getattr(model_or_fn, "unquantized", model_or_fn)

@@ -1,9 +1,9 @@
-"""``quantize`` on Flax modules, NNX and Linen: subclasses whose methods are traced with their variables as arguments."""
+"""``quantize`` on Flax modules, NNX and Linen: subclasses whose methods are traced, their variables as arguments."""
 
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from flax import linen, nnx
@@ -13,14 +13,23 @@ from flax.linen.transforms import lift_transform
 from xmoe.fqn import dotted
 from xmoe.jax_frontend.convert import is_converting, name_arguments
 
-NNXModule = TypeVar("NNXModule", bound=nnx.Module)
-LinenModule = TypeVar("LinenModule", bound=linen.Module)
-
 _TAG = "xmoe.quantize"
 
 
-def _unquantized(cls: type) -> type:
-    return vars(cls).get("_xmoe_unquantized", cls)
+def is_module(x: Any) -> bool:
+    return isinstance(x, (nnx.Module, linen.Module))
+
+
+def quantize_module(module: Any, quantizer: Any, methods: tuple[str, ...]) -> Any:
+    """A module of a subclass, with the variables (NNX) or the attributes (Linen) of this one."""
+    cls = type(module)
+    make = _nnx_class if isinstance(module, nnx.Module) else _linen_class
+    converted = make(vars(cls).get("_xmoe_unquantized", cls), quantizer, methods)
+    converted._xmoe_quantizer.told.clear()  # another model of this class and config has its own report
+    # Not nnx.clone: the variables and submodules stay those of the original. A Linen module has them in its scope.
+    quantized = copy.copy(module) if isinstance(module, nnx.Module) else module.copy()
+    object.__setattr__(quantized, "__class__", converted)
+    return quantized
 
 
 def _subclass(cls: type, methods: dict[str, Any], **options: Any) -> type:
@@ -37,15 +46,6 @@ def _methods(cls: type, names: tuple[str, ...]) -> dict[str, Callable[..., Any]]
 
 
 # ----------------------------------------------------------------------------------------------------------------- NNX
-
-
-def quantize_nnx(module: NNXModule, quantizer: Any, methods: tuple[str, ...]) -> NNXModule:
-    """A module of a subclass, with the variables and submodules of this one."""
-    cls = _nnx_class(_unquantized(type(module)), quantizer, methods)
-    cls._xmoe_quantizer.told.clear()  # another model of this class and config has its own report
-    quantized = copy.copy(module)
-    object.__setattr__(quantized, "__class__", cls)
-    return quantized
 
 
 @functools.lru_cache(maxsize=256)
@@ -114,15 +114,6 @@ def _without_value(path: tuple[Any, ...]) -> tuple[Any, ...]:
 # --------------------------------------------------------------------------------------------------------------- Linen
 
 
-def quantize_linen(module: LinenModule, quantizer: Any, methods: tuple[str, ...]) -> LinenModule:
-    """An unbound module of a subclass, with the attributes of this one."""
-    cls = _linen_class(_unquantized(type(module)), quantizer, methods)
-    cls._xmoe_quantizer.told.clear()
-    quantized = module.copy()
-    object.__setattr__(quantized, "__class__", cls)
-    return quantized
-
-
 @functools.lru_cache(maxsize=256)
 def _linen_class(cls: type, quantizer: Any, methods: tuple[str, ...]) -> Any:
     """One class a configuration: `jax.jit` compares modules that are static arguments."""
@@ -142,7 +133,7 @@ def _linen_class(cls: type, quantizer: Any, methods: tuple[str, ...]) -> Any:
 
 
 def _lifted(quantizer: Any, method: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn(scopes, *args)``, a module's method, with its calls converted; the scopes' variables are traced as inputs."""
+    """``fn(scopes, *args)``, a module's ``method``, with its calls converted; variables are inputs of the trace."""
 
     def inner(scope_fn: Any, repack_fn: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         flat, tree = jax.tree_util.tree_flatten_with_path((variables, rngs, args, kwargs))
@@ -161,7 +152,7 @@ def _lifted(quantizer: Any, method: Callable[..., Any], fn: Callable[..., Any]) 
 
 def _name_in_scope(method: Callable[..., Any], path: tuple[Any, ...]) -> str:
     """Of a leaf of ``(variables, rngs, args, kwargs)``: its path in its collection, or its name as an argument."""
-    kind, *inside = path
+    kind = path[0]
     if kind.idx == 0:  # group, scope, collection, and then the path
         return dotted(_without_value(path)[4:])
     return name_arguments(functools.partial(method, None), [path])[0] if kind.idx > 1 else ""

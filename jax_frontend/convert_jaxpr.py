@@ -34,12 +34,13 @@ RAGGED_DOT = "ragged_dot_general"
 WEIGHT_GRADIENT = "it contracts its ragged dimension, as a weight's gradient does"
 
 # A value that these make of a parameter is still that parameter.
-_KEEPS_NAMES = frozenset(
-    "add all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate convert_element_type copy copy_p "
-    "device_put div dynamic_slice dynamic_update_slice gather max mesh_cast min mul name neg optimization_barrier pad "
-    "pcast ppermute psum psum_invariant pvary reduce_precision reshape reshard rev select_n sharding_constraint slice "
-    "split squeeze stack sub transpose unstack".split()
-)
+_KEEPS_NAMES = frozenset({
+    "add", "all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim", "concatenate",
+    "convert_element_type", "copy", "copy_p", "device_put", "div", "dynamic_slice", "dynamic_update_slice", "gather",
+    "max", "mesh_cast", "min", "mul", "name", "neg", "optimization_barrier", "pad", "pcast", "ppermute", "psum",
+    "psum_invariant", "pvary", "reduce_precision", "reshape", "reshard", "rev", "select_n", "sharding_constraint",
+    "slice", "split", "squeeze", "stack", "sub", "transpose", "unstack",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +258,7 @@ def _converted(eqn: Any, config: GroupedMMConfig, lhs: Any, rhs: Any, group_size
     straight = rhs_k < rhs_n  # [G, K, N]; otherwise [G, N, K], as the caller has it, which the op takes without a copy
     rhs = rhs.transpose(*rhs_batch, group, *((rhs_k, rhs_n) if straight else (rhs_n, rhs_k)))
     call: Callable[..., jax.Array] = functools.partial(
-        _padded, config=config, transpose_rhs=not straight, out_dtype=eqn.outvars[0].aval.dtype
+        _padded, config=config, transpose_rhs=not straight, dtype=eqn.outvars[0].aval.dtype
     )
     sizes = None if group_sizes.ndim == 1 else 0
     for shared in (*(None for _ in outer), *(0 for _ in lhs_batch)):
@@ -266,7 +267,7 @@ def _converted(eqn: Any, config: GroupedMMConfig, lhs: Any, rhs: Any, group_size
 
 
 def _padded(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: GroupedMMConfig, transpose_rhs: bool, out_dtype: Any
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, config: GroupedMMConfig, transpose_rhs: bool, dtype: Any
 ) -> jax.Array:
     """`ragged_dot` at any K and N: zeros make them multiples of 16, and change no scale and no sum."""
     n = rhs.shape[1 if transpose_rhs else 2]
@@ -274,9 +275,7 @@ def _padded(
     if any(missing):
         rhs = jnp.pad(rhs, ((0, 0), *((0, m) for m in missing)))
         lhs = jnp.pad(lhs, ((0, 0), (0, missing[1 if transpose_rhs else 0])))
-    out = ragged_dot(
-        lhs, rhs, group_sizes, preferred_element_type=out_dtype, config=config, transpose_rhs=transpose_rhs
-    )
+    out = ragged_dot(lhs, rhs, group_sizes, preferred_element_type=dtype, config=config, transpose_rhs=transpose_rhs)
     return out[:, :n] if any(missing) else out
 
 
@@ -313,24 +312,31 @@ def _through_shard_map(conversion: Conversion, eqn: Any, values: list[Any], name
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=list(params["out_specs"]),
-        axis_names=set(params["manual_axes"]),
+        axis_names=set(params["newly_manual_axes"]),
         check_vma=params["check_vma"],
     )
-    return mapped(*values), _flow(program, names)
+    return jax.jit(mapped)(*values), _flow(program, names)  # eagerly, shard_map has no custom_vjp like the op's
 
 
 def _through_scan(conversion: Conversion, eqn: Any, values: list[Any], names: list[Names]) -> Results:
     params, program = eqn.params, eqn.params["jaxpr"]
-    n, carried = params["num_consts"], params["num_carry"]
+    inner, _ = _opened(program)
+    # What is scanned has an axis more outside. (How many there are of each is said differently by JAX 0.10 and 0.11.)
+    carried = sum(_ndim(out) == _ndim(v) for out, v in zip(eqn.outvars, inner.outvars, strict=True))
+    scanned = sum(_ndim(x) != _ndim(v) for x, v in zip(eqn.invars, inner.invars, strict=True))
+    n = len(values) - scanned - carried
     consts, init, xs = values[:n], values[n : n + carried], values[n + carried :]
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         out, _ = conversion.run(program, [*consts, *carry, *x], names)
         return out[:carried], out[carried:]
 
-    kept = {key: params[key] for key in ("length", "reverse", "unroll", "_split_transpose") if key in params}
-    last, ys = jax.lax.scan(body, init, xs, **kept)
+    last, ys = jax.lax.scan(body, init, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"])
     return [*last, *ys], _flow(program, names)
+
+
+def _ndim(atom: Any) -> int:
+    return len(getattr(atom.aval, "shape", ()))
 
 
 def _through_while(conversion: Conversion, eqn: Any, values: list[Any], names: list[Names]) -> Results:

@@ -13,7 +13,7 @@ _OPS = ("ragged_dot", "ragged_dot_general")
 _RECIPES = {"float8_e4m3fn": "fp8_rowwise", "mxfp8": "mxfp8_rceil"}
 """By the type of all three operands."""
 _TILES: dict[str, tuple[Any, ...]] = {"float8_e4m3fn": (None,), "mxfp8": (None, 32)}
-"""Elements of a scale along the contraction, as qwix's ``tile_size`` says them; None: a whole row, or the type's own."""
+"""Elements of a scale along the contraction, qwix's ``tile_size``; None: a whole row, or the type's own."""
 
 # Fields whose other values ask for what no recipe does: (name, the values that ask for nothing, what is meant).
 _PLAIN: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -50,9 +50,9 @@ def from_qwix_rules(rules: Iterable[Any]) -> FqnToConfig:
     """
     configs: dict[str, GroupedMMConfig | None] = {}
     for number, rule in enumerate(rules):
-        if ops := getattr(rule, "op_names", ()):
-            if not set(_OPS) & set(ops):
-                continue
+        ops = getattr(rule, "op_names", ())
+        if ops and not set(_OPS) & set(ops):
+            continue
         key = f"re:{_parameters_of(getattr(rule, 'module_path', '.*'), number)}"
         configs.setdefault(key, _config(rule, number))  # the first of two with one path decides
     configs.setdefault("re:.*", None)
