@@ -63,7 +63,7 @@ def equal(a: Any, b: Any) -> None:
     """The same bits everywhere."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
+        assert jnp.result_type(x) == jnp.result_type(y)
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
@@ -110,7 +110,7 @@ class Model(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         self.calls += 1
         x = x + self.layers[0](x)
-        return x + nnx.remat(RoutedMoE.__call__)(self.layers[1], x)
+        return x + nnx.remat(lambda layer, x: layer(x))(self.layers[1], x)
 
 
 class LinenMoE(nn.Module):
@@ -178,13 +178,18 @@ PROGRAMS: dict[str, Callable[[Any, Any], Any]] = {
 def test_functions_have_the_bits_of_the_op(name: str, x: Any, weights: Any, reference: Any) -> None:
     program = PROGRAMS[name]
 
+    config = RECIPE if name in ("plain", "scan") else "bf16"  # which compiles in a third of the time
+
     def value_and_gradients(fn: Any) -> Any:
-        loss = lambda x, w: sum(jnp.square(y).sum() for y in jax.tree.leaves(fn(x, w)))  # noqa: E731
-        return jax.jit(lambda x, w: (fn(x, w), jax.grad(loss, argnums=(0, 1))(x, w)))(x, weights)
+        def run(x: Any, w: Any) -> Any:
+            y, backward = jax.vjp(fn, x, w)
+            return y, backward(jax.tree.map(jnp.cos, y))
+
+        return jax.jit(run)(x, weights)
 
     # As a nested function, so that neither run finds what the other has traced.
-    expected = reference(lambda: value_and_gradients(lambda x, w: program(x, w)))
-    equal(value_and_gradients(quantize(lambda x, w: program(x, w), RECIPE)), expected)
+    expected = reference(lambda: value_and_gradients(lambda x, w: program(x, w)), config)
+    equal(value_and_gradients(quantize(lambda x, w: program(x, w), config)), expected)
 
 
 def test_nothing_is_left_of_the_calls(x: Any, weights: Any) -> None:
@@ -316,7 +321,9 @@ def test_names_follow_the_weight(x: Any, weights: Any, caplog: pytest.LogCapture
         x = grouped_dot(x, bare[1], SIZES)
         return grouped_dot(x, jnp.ones((E, D, D)) * x[0, 0], SIZES)
 
-    mapping = FqnToConfig({"layers.0.moe": RECIPE, "re:each\\.\\d": "mxfp8_rceil", "bare": "bf16", "": "mxfp8_floor"})
+    mapping = FqnToConfig(
+        {"layers.0.moe": RECIPE, "re:each\\.\\d": "mxfp8_rceil", "bare": "bf16", "_default": "mxfp8_floor"}
+    )
     assert chosen(fn, mapping, parameters, x, weights, caplog=caplog) == [
         ("layers.0.moe.scale = layers.0.moe.w", "fp8_rowwise"),
         ("each.0 = each.1 = each.2 = each.3", "mxfp8_rceil"),
@@ -425,6 +432,7 @@ def model() -> Model:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_nnx_training_step(dtype: Any, x: Any, reference: Any) -> None:
     """nnx.jit around nnx.grad, with state that the forward writes."""
+    config = RECIPE if dtype == jnp.bfloat16 else "bf16"
 
     def step(convert: Callable[[Any], Any]) -> Any:
         model = convert(Model(nnx.Rngs(0), dtype))
@@ -432,28 +440,28 @@ def test_nnx_training_step(dtype: Any, x: Any, reference: Any) -> None:
         loss, gradients = run(model)
         return loss, nnx.to_pure_dict(gradients), nnx.to_pure_dict(nnx.state(model)), model.calls
 
-    equal(step(lambda model: quantize(model, RECIPE)), reference(lambda: step(lambda model: model)))
+    equal(step(lambda model: quantize(model, config)), reference(lambda: step(lambda model: model), config))
 
 
 def test_nnx_modules_are_what_they_were(model: Model, x: Any) -> None:
-    quantized = quantize(model, FqnToConfig({"layers.0": RECIPE}))
+    quantized = quantize(model, FqnToConfig({"layers.0": "bf16"}))
     assert isinstance(quantized, Model)
     assert type(quantized).__name__ == "Model"
     assert type(quantized).__qualname__ == Model.__qualname__
     assert quantized.layers is model.layers, "variables are shared"
     assert jax.tree.structure(nnx.state(quantized)) == jax.tree.structure(nnx.state(model))
     graphdef, state = nnx.split(quantized)
+    assert nnx.graphdef(quantize(model, FqnToConfig({"layers.0": "bf16"}))) == graphdef, "nnx.jit knows it again"
     again = nnx.merge(graphdef, state)
     y = nnx.jit(lambda m: m(x))(again)
     assert not jnp.array_equal(y, nnx.jit(lambda m: m(x))(model)), "it is still quantized"
     equal(jax.jit(lambda state: nnx.merge(graphdef, state)(x))(state), y)
     assert type(quantize(quantized, RECIPE)).__mro__[1] is Model, "converting again replaces the config"
     assert type(copy.deepcopy(quantized)) is type(quantized)
-    assert nnx.graphdef(quantize(model, FqnToConfig({"layers.0": RECIPE}))) == graphdef, "nnx.jit knows it again"
 
 
 def test_nnx_names_and_state(model: Model, x: Any, caplog: pytest.LogCaptureFixture) -> None:
-    quantized = quantize(model, FqnToConfig({"layers.1": RECIPE, "re:.*wo": "mxfp8_rceil"}))
+    quantized = quantize(model, FqnToConfig({"layers.1": "bf16", "re:.*wo": RECIPE}))
     with caplog.at_level(logging.INFO, logger=LOGGER):
         nnx.jit(lambda model, x: model(x))(quantized, x)
     table = caplog.records[-1].getMessage().splitlines()
@@ -465,16 +473,17 @@ def test_nnx_names_and_state(model: Model, x: Any, caplog: pytest.LogCaptureFixt
 
 def test_nnx_module_that_a_trace_only_reads(x: Any) -> None:
     """A module that is closed over may be called, where it writes nothing."""
-    quantized = quantize(RoutedMoE(nnx.Rngs(0)), RECIPE)
+    quantized = quantize(RoutedMoE(nnx.Rngs(0)), "bf16")
     equal(jax.jit(lambda x: quantized(x, count=False))(x), nnx.jit(lambda model, x: model(x))(quantized, x))
 
 
 def test_nnx_function_with_a_module_among_its_arguments(model: Model, x: Any, reference: Any) -> None:
     loss = lambda model, x: jnp.square(model(x)).mean()  # noqa: E731
-    quantized = nnx.value_and_grad(quantize(loss, FqnToConfig({"layers": RECIPE})))
+    quantized = nnx.value_and_grad(quantize(loss, FqnToConfig({"layers": "bf16"})))
     value, gradients = nnx.jit(quantized)(model, x)
     assert model.layers[0].seen[...].sum() == T * K
-    expected = reference(lambda: nnx.jit(nnx.value_and_grad(lambda model, x: loss(model, x)))(Model(nnx.Rngs(0)), x))
+    plain = nnx.jit(nnx.value_and_grad(lambda model, x: loss(model, x)))
+    expected = reference(lambda: plain(Model(nnx.Rngs(0)), x), "bf16")
     equal((value, nnx.to_pure_dict(gradients)), (expected[0], nnx.to_pure_dict(expected[1])))
 
 
@@ -483,14 +492,14 @@ def test_nnx_function_with_a_module_among_its_arguments(model: Model, x: Any, re
 
 def test_linen_scanned_and_rematerialised(x: Any, reference: Any) -> None:
     plain = LinenModel()
-    quantized = quantize(plain, FqnToConfig({"moe": RECIPE}))
-    variables = quantized.init(jax.random.key(0), x)
-    equal(variables, plain.init(jax.random.key(0), x))
+    quantized = quantize(plain, FqnToConfig({"moe": "bf16"}))
+    variables = jax.jit(quantized.init)(jax.random.key(0), x)
+    equal(variables, jax.jit(plain.init)(jax.random.key(0), x))
 
     def run(model: Any) -> Any:
         return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, x)).mean()))(variables)
 
-    equal(run(quantized), reference(lambda: run(plain)))
+    equal(run(quantized), reference(lambda: run(plain), "bf16"))
 
 
 def test_linen_bf16_metrics_and_names(x: Any, reference: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -498,7 +507,7 @@ def test_linen_bf16_metrics_and_names(x: Any, reference: Any, caplog: pytest.Log
     quantized = quantize(plain, FqnToConfig({"re:wi_.": RECIPE, "_default": RECIPE}))
     assert isinstance(quantized, LinenMoE)
     assert type(quantized).__name__ == "LinenMoE"
-    variables = quantized.init(jax.random.key(0), x, count=False)
+    variables = jax.jit(lambda key: quantized.init(key, x, count=False))(jax.random.key(0))
     run = lambda model: jax.jit(lambda v: model.apply(v, x, count=True, mutable=["intermediates"]))(variables)  # noqa: E731
     with caplog.at_level(logging.INFO, logger=LOGGER):
         got = run(quantized)
@@ -514,8 +523,8 @@ def test_linen_inside_another_module_and_bound(x: Any) -> None:
         def __call__(self, x: Any) -> Any:
             return self.inner(x, count=False)
 
-    inner = quantize(LinenMoE(), RECIPE)
-    variables = Outer(inner).init(jax.random.key(0), x)
+    inner = quantize(LinenMoE(), "bf16")
+    variables = jax.jit(Outer(inner).init)(jax.random.key(0), x)
     own = {"params": variables["params"]["inner"]}
     expected = jax.jit(lambda v: inner.apply(v, x, count=False))(own)
     equal(jax.jit(Outer(inner).apply)(variables, x), expected)
