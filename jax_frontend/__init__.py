@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from xmoe.jax_frontend.autodiff import OUTPUT_NAME as OUTPUT_NAME
 from xmoe.jax_frontend.autodiff import RESIDUAL_NAMES as RESIDUAL_NAMES
+from xmoe.jax_frontend.convert import quantize as quantize
 from xmoe.jax_frontend.expert_parallel import ExpertParallel as ExpertParallel
 from xmoe.jax_frontend.expert_parallel import expert_parallel as expert_parallel
 from xmoe.jax_frontend.expert_parallel import parallel_experts as parallel_experts
@@ -20,6 +21,7 @@ from xmoe.jax_frontend.hf import from_hf as from_hf
 from xmoe.jax_frontend.hf import to_hf as to_hf
 from xmoe.jax_frontend.permute import combine as combine
 from xmoe.jax_frontend.permute import permute_tokens as permute_tokens
+from xmoe.jax_frontend.qwix_rules import from_qwix_rules as from_qwix_rules
 from xmoe.jax_frontend.ragged_dot import ragged_dot as ragged_dot
 from xmoe.jax_frontend.router import load_balance_loss as load_balance_loss
 from xmoe.jax_frontend.router import route as route
@@ -40,10 +42,12 @@ __all__ = [
     "combine",
     "expert_parallel",
     "from_hf",
+    "from_qwix_rules",
     "from_torch",
     "load_balance_loss",
     "parallel_experts",
     "permute_tokens",
+    "quantize",
     "ragged_dot",
     "ragged_dot_wgrad",
     "route",
