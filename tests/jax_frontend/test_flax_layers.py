@@ -251,7 +251,7 @@ RULES = (("expert", "x"), ("embed", None), ("mlp", "y"))
 
 
 def test_logical_axis_names() -> None:
-    """Of both layers, on a mesh: each parameter is sharded as the rules say, and the layers compute as without."""
+    """Of both layers, on a mesh: each parameter is sharded as the rules say."""
     options = {"shared_hidden_dim": 16, "axis_names": NAMES}
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices("cpu"))
     with nnx.use_eager_sharding(False):
