@@ -355,9 +355,11 @@ def test_as_config_of_nothing_is_the_baseline():
     assert as_config(None) == BF16GroupedMMConfig()
 
 
-@pytest.mark.parametrize("value", [3, FP8GroupedMMConfig, {"recipe": "bf16"}])
+@pytest.mark.parametrize("value", [3, {"recipe": "bf16"}])
 def test_as_config_refuses_other_things(value):
     with pytest.raises(ValueError, match=r"^config=.* is not a config; give a GroupedMMConfig or one of bf16, "):
         as_config(value)
+    with pytest.raises(ValueError, match=r"^config is the class FP8GroupedMMConfig; give an instance"):
+        as_config(FP8GroupedMMConfig)
     with pytest.raises(ValueError, match=r"^recipe='fp9' is not known; use one of bf16, "):
         as_config("fp9")

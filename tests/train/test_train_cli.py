@@ -146,7 +146,7 @@ def test_a_gpu_with_kernels_gets_the_larger_preset(monkeypatch: pytest.MonkeyPat
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
-    assert {"train", "bench", "doctor"} == set(commands.choices)
+    assert {"train", "bench", "doctor", "parity"} == set(commands.choices)
     for arguments, parser in (([], cli._parser()), *(([name], parser) for name, parser in commands.choices.items())):
         with pytest.raises(SystemExit, match="0"):
             cli.main([*arguments, "--help"])
