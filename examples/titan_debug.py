@@ -36,7 +36,7 @@ ONE = "--one"
 """What this script calls itself with, to run torchtitan once."""
 MOE = {"qwen3": ("debugmodel_moe", "qwen3_moe_debug")}
 PIECE = 8192
-"""Characters of a document: torchtitan reads them one after the other, so they are short and shuffled."""
+"""Characters of a document, at the most: torchtitan reads one after the other, so they are short and shuffled."""
 
 
 def write_assets(folder: Path, text: str) -> None:
@@ -52,7 +52,8 @@ def write_assets(folder: Path, text: str) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": ends[0], "eos_token": ends[1], "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    pieces = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
+    size = min(PIECE, 1 + len(text) // 64)  # each rank reads documents of its own
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
     random.Random(0).shuffle(pieces)
     cut = len(pieces) // 10
     for name, part in (("data", pieces[cut:]), ("heldout", pieces[:cut])):
