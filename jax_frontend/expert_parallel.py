@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from xmoe.fqn import dotted
 from xmoe.jax_frontend.emulation import varying_axes
 from xmoe.jax_frontend.exchange import Axis, slices
 from xmoe.jax_frontend.exchange import exchange as exchange_rows
@@ -355,6 +356,18 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     """
     from flax import nnx
 
+    from xmoe.jax_frontend.moe import MoE
+
+    if not isinstance(moe, MoE):
+        inside = (
+            []
+            if not isinstance(moe, nnx.Module)
+            else [dotted(p) for p, m in nnx.iter_modules(moe) if isinstance(m, MoE)]
+        )
+        found = f"; give each of its MoE layers: {', '.join(inside)}" if inside else ", which has no MoE layer in it"
+        raise ValueError(f"moe is a {type(moe).__name__}, not a xmoe.jax_frontend.MoE{found}")
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh is {mesh!r}; give a jax.sharding.Mesh, such as that of jax.make_mesh")
     parallel = ExpertParallel(mesh=mesh, axis=axis, **options)
     if AxisType.Auto not in mesh.axis_types or len({*mesh.axis_types}) > 1:
         raise ValueError(

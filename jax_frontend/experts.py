@@ -17,7 +17,7 @@ from xmoe.jax_frontend.autodiff import named, once_differentiable
 from xmoe.jax_frontend.permute import permute_tokens, sum_slots
 from xmoe.jax_frontend.plan import ExpertsPlan, make_experts_plan
 from xmoe.jax_frontend.ragged_dot import backward as gemm_backward
-from xmoe.jax_frontend.ragged_dot import ragged_dot, report_bad_sizes, vary_together
+from xmoe.jax_frontend.ragged_dot import call_op, ragged_dot, report_bad_sizes, vary_together
 from xmoe.operands import whole_blocks
 
 
@@ -72,7 +72,7 @@ def swiglu_experts(
         return dot(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up, w2)
     offs = jnp.cumsum(group_sizes, dtype=jnp.int32)
     permutation = () if order is None else (order.astype(jnp.int32),)
-    return _swiglu_experts(plan, *vary_together(x, w1, w2, w3, offs, *permutation))
+    return call_op(_swiglu_experts, plan, *vary_together(x, w1, w2, w3, offs, *permutation))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -75,6 +75,10 @@ def moe(
         dtype: the experts, the shared one too, compute in it; None: in that of x.
         parallel: (tokens [T, D], routing) → float32 [T, D], in place of ``experts`` and their weighted sum.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}; give floating-point tokens, x.astype(jnp.bfloat16)")
+    if x.shape[-1:] != router.shape[-1:]:
+        raise ValueError(f"x has shape {x.shape}; give tokens [..., dim], dim={router.shape[-1]}")
     tokens = x.reshape(-1, x.shape[-1])
     inputs = tokens if dtype is None else tokens.astype(dtype)
     logits = jnp.matmul(tokens.astype(jnp.float32), router.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)

@@ -5,6 +5,7 @@ M tokens, K contraction, N output features, G groups; Mp = ``xmoe.operands.padde
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -97,10 +98,10 @@ def ragged_dot(
     if plan.config.debug:
         jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
     if group_offset is None:
-        return _ragged_dot(plan, *vary_together(lhs, rhs, jnp.cumsum(group_sizes, dtype=jnp.int32)))
+        return call_op(_ragged_dot, plan, *vary_together(lhs, rhs, jnp.cumsum(group_sizes, dtype=jnp.int32)))
     # The kernels know groups from row 0 on.
     lhs, rhs, offs, first = vary_together(lhs, rhs, *_from_offset(plan, group_sizes, group_offset))
-    return rotate_rows(_ragged_dot(plan, rotate_rows(lhs, first), rhs, offs), -first)
+    return rotate_rows(call_op(_ragged_dot, plan, rotate_rows(lhs, first), rhs, offs), -first)
 
 
 def _from_offset(plan: Plan, group_sizes: jax.Array, group_offset: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -177,6 +178,13 @@ def backward(
 def _as_gkn(plan: Plan, rhs: jax.Array) -> jax.Array:
     """[G, K, N] from the caller's layout, and back: a transposition is its own inverse."""
     return rhs.swapaxes(1, 2) if plan.transpose_rhs else rhs
+
+
+def call_op(op: Callable[..., Any], plan: Any, *arrays: jax.Array) -> Any:
+    """``op(plan, *arrays)``; compiled in a `shard_map` that is not, where JAX lacks this kind of `custom_vjp`."""
+    if any(type(x).__name__ == "ShardMapTracer" for x in arrays):
+        return jax.jit(op, static_argnums=0)(plan, *arrays)
+    return op(plan, *arrays)
 
 
 def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:

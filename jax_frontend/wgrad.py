@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from xmoe.jax_frontend import bridge, emulation
 from xmoe.jax_frontend.autodiff import once_differentiable
 from xmoe.jax_frontend.plan import Plan, make_wgrad_plan
-from xmoe.jax_frontend.ragged_dot import backward, forward, report_bad_sizes, vary_together
+from xmoe.jax_frontend.ragged_dot import backward, call_op, forward, report_bad_sizes, vary_together
 
 
 def ragged_dot_wgrad(
@@ -55,7 +55,7 @@ def ragged_dot_wgrad(
     plan = make_wgrad_plan(lhs, dout, group_sizes, preferred_element_type, config, transpose_rhs, implementation)
     if plan.config.debug:
         jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
-    return _wgrad(plan, *vary_together(lhs, dout, jnp.cumsum(group_sizes, dtype=jnp.int32)))
+    return call_op(_wgrad, plan, *vary_together(lhs, dout, jnp.cumsum(group_sizes, dtype=jnp.int32)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

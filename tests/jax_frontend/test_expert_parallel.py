@@ -379,3 +379,25 @@ def test_layers_that_a_mesh_does_not_fit_are_refused() -> None:
         tensor.check_weight("experts.w2", (8, 32, 50), tensor.spec("w2"))
     with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
         expert_parallel(layer(), mesh_of(MESHES["8"], AxisType.Explicit))
+
+
+def test_a_layer_that_is_not_compiled() -> None:
+    """Without jit around it: the ops compile themselves inside the shard_map."""
+    layer = MoE(D, H, num_experts=E, top_k=2, config="fp8_rowwise", rngs=nnx.Rngs(0))
+    want, _ = layer(X)
+    expert_parallel(layer, mesh_of({"expert": 4}))
+    np.testing.assert_allclose(layer(X)[0], want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_layer() -> None:
+    class Block(nnx.Module):
+        def __init__(self) -> None:
+            self.moe = MoE(D, H, num_experts=E, top_k=2, rngs=nnx.Rngs(0))
+
+    with pytest.raises(ValueError, match=r"moe is a Block, .*; give each of its MoE layers: moe$"):
+        expert_parallel(Block(), mesh_of({"expert": 4}))
+    with pytest.raises(ValueError, match="mesh is None; give a"):
+        expert_parallel(Block().moe, None)  # type: ignore[arg-type]
+    for x, message in ((X.astype(jnp.int32), "x is int32; give floating-point"), (X[:, :16], "give tokens .*dim=32")):
+        with pytest.raises(ValueError, match=message):
+            Block().moe(x)
