@@ -60,9 +60,27 @@ def _exchange(static: Static, x: jax.Array, outgoing: Slices, incoming: Slices) 
     axes = tuple(varying_axes(x))
     zeros = jnp.zeros((size, *x.shape[1:]), x.dtype)
     zeros = jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
-    return jax.lax.ragged_all_to_all(
-        x, zeros, outgoing.here, outgoing.sizes, outgoing.there, incoming.sizes, axis_name=axis
-    )
+    (here, sizes), (there, _), (_, received) = (
+        _pieces(start, rows)
+        for start, rows in (
+            (outgoing.here, outgoing.sizes), (outgoing.there, outgoing.sizes), (incoming.here, incoming.sizes),
+        )
+    )  # fmt: skip
+    return jax.lax.ragged_all_to_all(x, zeros, here, sizes, there, received, axis_name=axis)
+
+
+PIECES = 1024
+"""That the rows which a device sends are cut into. XLA gives each piece to one block of threads. Two H200s exchanged
+537 MB each way in 98 ms with one piece for each, in 7.4 with 16, 1.85 with 128 and 1.72 with 1024 (jax 0.11.2)."""
+
+
+def _pieces(start: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(start, sizes)`` of the pieces of P slices, int32 [P * pieces], those of a slice together."""
+    pieces = max(PIECES // sizes.size, 1)
+    piece = jnp.arange(pieces, dtype=jnp.int32)
+    least, larger = sizes[:, None] // pieces, sizes[:, None] % pieces  # the first ones have a row more
+    starts = start[:, None] + least * piece + jnp.minimum(larger, piece)
+    return starts.reshape(-1), (least + (piece < larger)).reshape(-1)
 
 
 def _exchange_fwd(

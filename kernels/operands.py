@@ -29,10 +29,10 @@ def _by_triton(x: torch.Tensor) -> bool:
 
 def scale_shape(shape: tuple[int, ...], format: str, square: bool) -> tuple[int, ...]:
     """Of data [..., C] along C. `square`: a weight [..., P, C], whose blocks in ``fp8_blockwise`` are so."""
-    *lines, C = shape
+    lines, C = shape[:-1], shape[-1]
     if square and format == "fp8_blockwise":
-        lines[-1] = -(-lines[-1] // FP8_BLOCK)
-    return tuple(lines) if format == "fp8_rowwise" else (*lines, -(-C // SCALE_BLOCKS[format]))
+        lines = (*lines[:-1], -(-lines[-1] // FP8_BLOCK))
+    return lines if format == "fp8_rowwise" else (*lines, -(-C // SCALE_BLOCKS[format]))
 
 
 def scale_dtype(format: str) -> torch.dtype:

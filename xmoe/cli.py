@@ -62,7 +62,7 @@ _PEERS = {
     "grouped-mm": "torch, torchao, jax, tokamax",
     "layer": "torch, torchao, transformers",
     "linear": "torchao",
-    "overhead": "torchao",
+    "overhead": "torchao, jax",
 }
 _LINEAR_FILTER = Path("torch_backend/linear_filter.toml")
 """In a checkout."""

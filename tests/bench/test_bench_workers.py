@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import torch
 
@@ -19,7 +18,6 @@ from xmoe.bench.report import BOTH, FORWARD, markdown
 from xmoe.bench.results import BF16, TORCHAO, Results
 from xmoe.bench.run import WorkerFailed
 from xmoe.bench.screen import LiveScreen, PlainScreen
-from xmoe.jax_frontend import bench as jax_bench
 from xmoe.kernels import emulation
 from xmoe.shapes import LayerShape, Shape
 from xmoe.torch_backend.bench import gpu, grouped_mm, peers
@@ -73,10 +71,6 @@ def test_more_groups_than_their_multiples_leave_tokens_for(events: Events) -> No
     rows = measured(Options("grouped-mm", (shape,), ("bf16", "fp8_rowwise"), (), rounds=1), events)
     assert len(rows) == 6
     assert all(row.ms for row in rows.values()), rows
-    options = Options("grouped-mm", (shape,), ("fp8_rowwise",), ("jax",), rounds=1)
-    jax_bench.measure_all(options, None, jax_bench.WallTimer(0.1, 1024), events)
-    assert len(events.rows()) == 8
-    assert all(row.ms for row in events.rows().values()), events.rows()
 
 
 def test_a_wrong_grouped_gemm_is_not_timed(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,43 +169,6 @@ def test_a_peer_runs_beside_the_others(events: Events, monkeypatch: pytest.Monke
     assert rows[BOTH, "odd", TORCHAO, False].note.startswith("cannot run: a group has ")
 
 
-def test_jax(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Any:
-        raise ImportError("no tokamax here")
-
-    monkeypatch.setattr(jax_bench, "tokamax_ragged_dot", missing)
-    options = Options("grouped-mm", (GEMM,), ("bf16", "fp8_rowwise"), ("torch", "jax", "tokamax"), rounds=2)
-    jax_bench.measure_all(options, None, jax_bench.WallTimer(0.1, 1024), events)
-    rows = {key[2]: row for key, row in events.rows().items()}
-    assert rows.pop("tokamax bf16").note == "cannot run: ImportError: no tokamax here"
-    assert set(rows) == {"jax.lax.ragged_dot bf16", "xmoe bf16, JAX", "xmoe fp8_rowwise, JAX"}
-    outputs = 2 * (160 * 64 + 160 * 48 + 3 * 64 * 48)
-    for row in rows.values():
-        assert row.table == BOTH
-        assert len(row.rounds_ms) == 2
-        assert row.ms > 0
-        assert row.peak_bytes >= outputs
-    assert 27.5 <= rows["xmoe fp8_rowwise, JAX"].worst_expert_db < 30
-
-
-def test_a_wrong_ragged_dot_is_not_timed(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = jax_bench.ragged_dot
-    monkeypatch.setattr(jax_bench, "ragged_dot", lambda *a, config: right(*a, config=config).at[-1].multiply(3))
-    options = Options("grouped-mm", (GEMM,), ("fp8_rowwise",), ("torch",), rounds=1)
-    jax_bench.measure_all(options, None, jax_bench.WallTimer(0.1, 1024), events)
-    (row,) = events.rows().values()
-    assert row.ms is None
-    assert row.note.startswith("wrong: out")
-
-
-def test_jax_without_a_gpu_is_a_note(events: Events) -> None:
-    if jax.devices()[0].platform == "gpu":
-        pytest.skip("JAX has a GPU")
-    jax_bench.run(Options("grouped-mm", (GEMM,), ("bf16",), ("jax",)), events)
-    assert [event["event"] for event in events.all] == ["note"]
-    assert "JAX finds no GPU" in events.all[0]["text"]
-
-
 # ------------------------------------------------------------------------------------------------------ the whole run
 
 
@@ -234,8 +191,8 @@ def test_run_leaves_files(
 ) -> None:
     stream = piped(whole_run)
     monkeypatch.setattr(run, "make_screen", screen)
-    monkeypatch.setattr(run, "start_worker", lambda framework, _: stream if framework == "torch" else [])
-    options = Options("grouped-mm", (GEMM,), ("fp8_rowwise",), ("torch", "jax"), rounds=2)
+    monkeypatch.setattr(run, "start_worker", lambda _: stream)
+    options = Options("grouped-mm", (GEMM,), ("fp8_rowwise",), ("torch",), rounds=2)
     results = run.run(options, tmp_path / "out")
     date = results.facts["date"]
     stem = f"{date}-grouped_mm"
@@ -277,8 +234,8 @@ def test_an_interrupted_run_keeps_its_rows(
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("kill -9 $$", "that measured torch was ended by SIGKILL; its rows until then are kept"),
-        ("exit 3", "that measured torch failed, see above; its rows until then are kept"),
+        ("kill -9 $$", "the measuring process was ended by SIGKILL; its rows until then are kept"),
+        ("exit 3", "the measuring process failed, see above; its rows until then are kept"),
     ],
 )
 def test_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str) -> None:
@@ -287,17 +244,11 @@ def test_a_worker_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scr
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     options = Options("layer", (LAYERS,), ("bf16",))
-    stream = run.start_worker("torch", options)
+    stream = run.start_worker(options)
     assert next(stream) == {"event": "note"}
     with pytest.raises(WorkerFailed, match=message):
         next(stream)
     assert Options.from_dict(json.loads((tmp_path / "stdin").read_text())) == options
-
-
-def test_workers() -> None:
-    """torch's comes first, for the ceilings; JAX's where one of its peers is asked for."""
-    assert run.workers(Options("grouped-mm", (), (), ("torch", "torchao"))) == ["torch"]
-    assert run.workers(Options("grouped-mm", (), (), ("tokamax",))) == ["torch", "jax"]
 
 
 def test_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.cuda_graphs import recording
 from tests.torch_backend.compiling import BACKEND, assert_compiled_close
 from xmoe.config import config_from_recipe
 from xmoe.fqn import FqnToConfig
@@ -372,7 +373,7 @@ def test_cuda_graph(implementation: str) -> None:
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with recording(graph, stream):
         captured = step()
     for batch in batches:
         for static, value in zip((x, experts, scores), batch, strict=True):

@@ -51,13 +51,15 @@ def ragged_all_to_all(
     """What the documentation of `jax.lax.ragged_all_to_all` says, for XLA's CPU backend, which has none. Sizes on which
     sender and receiver disagree poison the result."""
     me, row = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
-    everyones = (jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets))
-    for sender, (rows, begins, sizes, there) in enumerate(zip(*everyones, strict=True)):
-        within = row - there[me]
-        mine = ((within >= 0) & (within < sizes[me]))[:, None]
-        received = rows[jnp.clip(begins[me] + within, 0, rows.shape[0] - 1)]
-        output = jnp.where(mine, received, output)
-        output = jnp.where(recv_sizes[sender] == sizes[me], output, jnp.nan)
+    everyones = [jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)]
+    for sender, (rows, *pieces) in enumerate(zip(*everyones, strict=True)):
+        begins, sizes, there = (a.reshape(len(everyones[0]), -1)[me] for a in pieces)
+        expected = recv_sizes.reshape(len(everyones[0]), -1)[sender]
+        within = row[:, None] - there  # [rows, pieces]
+        mine = (within >= 0) & (within < sizes)
+        received = rows[jnp.clip((begins + within).max(1, where=mine, initial=0), 0, rows.shape[0] - 1)]
+        output = jnp.where(mine.any(1, keepdims=True), received, output)
+        output = jnp.where((expected == sizes).all(), output, jnp.nan)
     return output
 
 

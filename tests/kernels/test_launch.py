@@ -21,6 +21,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.runtime import JITFunction, driver, jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tests.cuda_graphs import recording
 from tests.kernels.fake_cuda import DTYPES, MEMORY, ONE, Driver, FakeCompiled, one
 from xmoe.kernels import launch
 from xmoe.kernels.launch import Descriptor
@@ -252,7 +253,7 @@ def test_launches_go_to_the_current_stream():
     torch.cuda.synchronize()
     out.zero_()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # which fails if a launch goes elsewhere, or captures nothing
+    with recording(graph, stream):  # which fails if a launch goes elsewhere, or captures nothing
         launch.launch(*args, BLOCK=64)
     torch.cuda.synchronize()
     assert not out.any(), "a captured launch ran"

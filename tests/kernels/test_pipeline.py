@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cuda_graphs import recording
 from tests.kernels.backends import INTERPRETER_WORKS, arrays
 from xmoe import RECIPES, config_from_recipe, oracle
 from xmoe.kernels import call, e4m3, grouped_gemm, pipeline
@@ -282,7 +283,7 @@ def test_neither_allocates_nor_waits_and_replays_in_a_graph(recipe):
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         results = run()
     for x in results:
         x.fill_(float("nan"))

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.cuda_graphs import recording
 from tests.kernels.backends import INTERPRETER_WORKS
 from xmoe.kernels import e4m3
 from xmoe.torch_backend import combine, permute_tokens
@@ -252,7 +253,7 @@ def test_step_does_not_wait_and_replays() -> None:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         replayed = run()
     with torch.no_grad():
         for tensor, new in zip(tensors, problem(500, 4, device="cuda"), strict=True):

@@ -8,6 +8,7 @@ import torch
 import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.cuda_graphs import recording
 from tests.kernels.backends import arrays
 from tests.torch_backend.layouts import LAYOUTS
 from xmoe import RECIPES, config_from_recipe, oracle
@@ -115,7 +116,7 @@ def test_step_does_not_wait_and_replays(recipe: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         replayed = step()
     for x in replayed:
         x.fill_(float("nan"))
@@ -159,7 +160,7 @@ def test_moe_layer_does_not_wait_and_replays_new_values(recipe: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         replayed = step()
 
     seen = counts()

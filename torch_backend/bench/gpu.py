@@ -100,7 +100,7 @@ def capture(step: Callable[[], T], device: torch.device) -> tuple[Callable[[], N
             step()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # JAX's threads, where it is a guest, go on
         result = step()
     return graph.replay, result
 

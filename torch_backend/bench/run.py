@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xmoe.bench.events import Emit
-from xmoe.bench.harness import Case, Memory, Timer, run_cases
+from xmoe.bench.harness import Case, Guest, Memory, Timer, run_cases
 from xmoe.bench.options import Options
 from xmoe.bench.results import Row
 from xmoe.config import config_from_recipe
@@ -22,8 +22,9 @@ RECOMPILES = 256
 """How often torch.compile may compile one function of this package anew: it is the same one for all recipes."""
 
 
-def run(options: Options, emit: Emit) -> None:
-    """Measure ``options`` on the current CUDA GPU. Raises UserError where there is none."""
+def run(options: Options, emit: Emit, guest: Callable[[Options, Emit], Guest | None]) -> None:
+    """Measure ``options`` on the current CUDA GPU, with the systems of what ``guest`` makes, which is called after
+    torch has found its GPU. Raises UserError where there is none."""
     if not torch.cuda.is_available():
         build = "has no CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
         raise UserError(
@@ -31,7 +32,7 @@ def run(options: Options, emit: Emit) -> None:
             "run it on a machine with one, see xmoe doctor"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    measure_all(options, device, CudaTimer(device), CudaMemory(device), emit)
+    measure_all(options, device, CudaTimer(device), CudaMemory(device), emit, guest(options, emit))
 
 
 def measure_all(
@@ -40,6 +41,7 @@ def measure_all(
     timer: Timer,
     memory: Memory,
     emit: Emit,
+    guest: Guest | None = None,
     *,
     backend: str = "inductor",
     ceiling_sizes: dict[str, int] | None = None,
@@ -48,6 +50,7 @@ def measure_all(
 
     Args:
         timer, memory: of that device.
+        guest: another framework's systems.
         backend: torch.compile's, with ``options.compile``.
         ceiling_sizes: other sizes for `gpu.ceilings`.
     """
@@ -57,11 +60,15 @@ def measure_all(
     emit("facts", facts=found, ceiling=ceiling)
     capability = tuple(found["capability"]) if found["capability"] else None
     with _compiling(options.compile):
-        return run_cases(makers(options, device, capability, backend), options.rounds, timer, memory, emit)
+        return run_cases(makers(options, device, capability, backend, guest), options.rounds, timer, memory, emit)
 
 
 def makers(
-    options: Options, device: torch.device, capability: tuple[int, int] | None, backend: str
+    options: Options,
+    device: torch.device,
+    capability: tuple[int, int] | None,
+    backend: str,
+    guest: Guest | None,
 ) -> Iterator[tuple[str, Callable[[], Case]]]:
     """All cases of ``options``, by the name of what they measure, to be made one at a time."""
     for shape in options.shapes:
@@ -74,16 +81,21 @@ def makers(
         elif isinstance(shape, StackShape):
             for captured in (False, True):
                 yield shape.name, partial(overhead.step_case, options, shape, device, capability, captured=captured)
+            if guest is not None:
+                yield from guest.overheads(shape)
         elif options.command == "overhead":
             for make in (overhead.host_forward_case, overhead.host_backward_case):
                 yield shape.name, partial(make, options, shape, device)
+            if guest is not None:
+                yield from guest.overheads(shape)
         elif options.command == "quantize":
             for format in dict.fromkeys(config_from_recipe(recipe).format for recipe in options.recipes):
                 if format != "bf16":
                     yield f"{format} at {shape.name}", partial(quantize.case, format, shape, device)
         else:
             yield shape.name, partial(grouped_mm.forward_case, options, shape, device, capability)
-            yield shape.name, partial(grouped_mm.forward_backward_case, options, shape, device, capability, backend)
+            both = partial(grouped_mm.forward_backward_case, options, shape, device, capability, backend)
+            yield shape.name, both if guest is None else lambda shape=shape, both=both: guest.join(both(), shape)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""``xmoe bench``: options, results and reports. The measuring is done by worker processes, one a framework.
+"""``xmoe bench``: options, results and reports. The measuring is done by a process of its own.
 
-``xmoe.torch_backend.bench`` measures PyTorch's systems, ``xmoe.jax_frontend.bench`` JAX's; neither is imported here.
+``xmoe.torch_backend.bench`` measures PyTorch's systems, with those of ``xmoe.jax_frontend.bench`` as guests; neither is
+imported here.
 """

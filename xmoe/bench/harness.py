@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from xmoe.bench.events import Emit, emit_row
 from xmoe.bench.exactness import Exactness, WrongResult
 from xmoe.bench.results import Row
 from xmoe.bench.workload import Work
+from xmoe.shapes import Shape, StackShape
 
 
 class Timer(Protocol):
@@ -90,6 +91,18 @@ class Case:
     """Systems that cannot be tried here: their names, and why."""
     clean: Callable[[], None] = lambda: None
     """Drops the gradients that a step has left."""
+
+
+class Guest(Protocol):
+    """Systems of another framework, in the same process."""
+
+    def join(self, case: Case, shape: Shape) -> Case:
+        """``case``, a grouped GEMM forward and backward, with the guest's systems."""
+        ...
+
+    def overheads(self, shape: Shape | StackShape) -> Iterator[tuple[str, Callable[[], Case]]]:
+        """The guest's own tables of what launching costs, as for `run_cases`."""
+        ...
 
 
 def run_cases(

@@ -1,4 +1,4 @@
-"""Runs the workers, one after the other, shows what they tell and keeps it in files."""
+"""Runs the worker, shows what it tells and keeps it in files."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xmoe.bench import report
-from xmoe.bench.options import JAX_PEERS, Options
+from xmoe.bench.options import Options
 from xmoe.bench.results import Results, Row, free_stem, save
 from xmoe.bench.screen import Screen, make_screen
 from xmoe.train.files import write_atomically, writing
@@ -84,9 +84,8 @@ def run(options: Options, out: Path) -> Results:
     with make_screen() as screen:
         session = Session(options, out, screen)
         try:
-            for framework in workers(options):
-                for event in start_worker(framework, options):
-                    session.take(event)
+            for event in start_worker(options):
+                session.take(event)
         finally:
             signal.signal(signal.SIGTERM, earlier)
             session.draw()
@@ -95,15 +94,10 @@ def run(options: Options, out: Path) -> Results:
     return session.results
 
 
-def workers(options: Options) -> list[str]:
-    """The processes that a run needs. torch's is first: it measures the ceilings."""
-    return ["torch", *(["jax"] if set(options.peers) & set(JAX_PEERS) else [])]
-
-
-def start_worker(framework: str, options: Options) -> Iterator[dict[str, Any]]:
-    """The events of a worker's process, until it ends. Raises WorkerFailed when it fails; ends it when left early."""
-    environment = {**os.environ, **(JAX_ENVIRONMENT if framework == "jax" else {})}
-    command = [sys.executable, "-m", "xmoe.bench.worker", framework]
+def start_worker(options: Options) -> Iterator[dict[str, Any]]:
+    """The events of the worker's process, until it ends. Raises WorkerFailed when it fails; ends it when left early."""
+    environment = {**os.environ, **JAX_ENVIRONMENT}
+    command = [sys.executable, "-m", "xmoe.bench.worker"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:  # fmt: skip
@@ -120,9 +114,9 @@ def start_worker(framework: str, options: Options) -> Iterator[dict[str, Any]]:
             process.wait()
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
-        raise WorkerFailed(f"the process that measured {framework} was ended by {name}; its rows until then are kept")
+        raise WorkerFailed(f"the measuring process was ended by {name}; its rows until then are kept")
     if process.returncode:
-        raise WorkerFailed(f"the process that measured {framework} failed, see above; its rows until then are kept")
+        raise WorkerFailed("the measuring process failed, see above; its rows until then are kept")
 
 
 def write_report(path: Path, readme: Path | None, linear_filter: Path | None = None) -> str:

@@ -1,6 +1,6 @@
-"""A worker's process: ``python -m xmoe.bench.worker FRAMEWORK``, with the options as JSON on its stdin.
+"""The worker's process: ``python -m xmoe.bench.worker``, with the options as JSON on its stdin.
 
-FRAMEWORK is torch or jax. Its events (``xmoe.bench.events``) go to stdout.
+Its events (``xmoe.bench.events``) go to stdout. All systems run in it, those of JAX beside those of PyTorch.
 """
 
 import os
@@ -11,29 +11,29 @@ if __name__ == "__main__":  # before the slow imports: all that is to be kept ha
 
 import json
 import sys
-from types import ModuleType
 
-from xmoe.bench.events import stdout_emitter
-from xmoe.bench.options import Options
+from xmoe.bench.events import Emit, stdout_emitter
+from xmoe.bench.harness import Guest
+from xmoe.bench.options import JAX_PEERS, Options
 from xmoe.train.files import UserError
 
 
-def bench_module(framework: str) -> ModuleType:
-    """The framework's benchmark: ``run(options, emit)``, imported on first use."""
-    if framework == "jax":
-        from xmoe.jax_frontend import bench
-    else:
-        from xmoe.torch_backend.bench import run as bench
-    return bench
+def guest(options: Options, emit: Emit) -> Guest | None:
+    """JAX's systems, where a peer of JAX is asked for; without one nothing imports it."""
+    if not set(options.peers) & set(JAX_PEERS):
+        return None
+    from xmoe.jax_frontend.bench.guest import invite
+
+    return invite(options, emit)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Measure; the exit status."""
-    if arguments not in (["torch"], ["jax"]):
-        raise SystemExit(__doc__)
     emit = stdout_emitter()
+    from xmoe.torch_backend.bench.run import run
+
     try:
-        bench_module(arguments[0]).run(Options.from_dict(json.load(sys.stdin)), emit)
+        run(Options.from_dict(json.load(sys.stdin)), emit, guest)
     except UserError as error:
         emit("error", text=str(error))
         return 1
@@ -41,4 +41,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""JAX's systems as guests of PyTorch's, on the CPU."""
+
+from typing import Any
+
+import jax
+import pytest
+import torch
+
+from tests.bench.conftest import Events, ScriptedTimer
+from xmoe.bench import worker
+from xmoe.bench.harness import NoMemory
+from xmoe.bench.options import Options
+from xmoe.bench.report import BOTH
+from xmoe.bench.results import BF16
+from xmoe.jax_frontend.bench import guest, overhead, ragged_dot
+from xmoe.jax_frontend.bench.program import WallTimer
+from xmoe.shapes import Shape, StackShape
+from xmoe.torch_backend.bench.overhead import HOST_FORWARD
+from xmoe.torch_backend.bench.run import measure_all
+
+GEMM = Shape("tiny", 160, 64, 48, 3)
+SMALL: dict[str, Any] = {"M": 32, "N": 32, "K": 32, "copy_bytes": 1024}
+
+
+@pytest.fixture(autouse=True)
+def _two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "CALLS", 2)
+
+
+def measured(options: Options, events: Events) -> dict[tuple[str, str], Any]:
+    """Rows by table and system, of a run with JAX as a guest."""
+    timers = WallTimer(0.1, 1024), WallTimer(0.1, 0)
+    invited = guest.JaxGuest(options, None, *timers)
+    measure_all(
+        options, torch.device("cpu"), ScriptedTimer(), NoMemory(), events, invited, ceiling_sizes=SMALL
+    )  # fmt: skip
+    return {(row.table, row.system): row for row in events.rows().values()}
+
+
+def test_grouped_mm(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(implementation: str) -> Any:
+        raise ImportError(f"no tokamax with {implementation} here")
+
+    monkeypatch.setattr(ragged_dot, "tokamax_ragged_dot", missing)
+    options = Options("grouped-mm", (GEMM,), ("bf16", "fp8_rowwise"), ("torch", "jax", "tokamax"), rounds=2)
+    rows = {system: row for (table, system), row in measured(options, events).items() if table == BOTH}
+    absent = {system: row.note for system, row in rows.items() if system.startswith("tokamax")}
+    assert absent == {
+        f"tokamax bf16, {name}": f"cannot run: ImportError: no tokamax with {name} here" for name in ragged_dot.TOKAMAX
+    }
+    jaxs = {"jax.lax.ragged_dot bf16", "xmoe bf16, JAX", "xmoe fp8_rowwise, JAX"}
+    assert set(rows) - set(absent) == {BF16, "xmoe bf16", "xmoe fp8_rowwise", *jaxs}
+    outputs = 2 * (160 * 64 + 160 * 48 + 3 * 64 * 48)
+    for system in jaxs:
+        assert len(rows[system].rounds_ms) == 2
+        assert rows[system].ms > 0
+        assert rows[system].peak_bytes >= outputs
+    assert 27.5 <= rows["xmoe fp8_rowwise, JAX"].worst_expert_db < 30
+
+
+def test_most_groups_are_empty(events: Events) -> None:
+    shape = Shape("tiny_m64", 64, 32, 32, 10)
+    rows = measured(Options("grouped-mm", (shape,), ("fp8_rowwise",), ("jax",), rounds=1), events)
+    assert (BOTH, "xmoe fp8_rowwise, JAX") in rows
+    assert all(row.ms for row in rows.values()), rows
+
+
+def test_overhead(events: Events) -> None:
+    shapes = Shape("op", 64, 64, 64, 4), StackShape("stack", 1, 64, 32, 32, 4, 2)
+    options = Options("overhead", shapes, ("fp8_rowwise",), ("jax",), rounds=1)
+    rows = measured(options, events)
+    ours = {"xmoe fp8_rowwise, JAX", "xmoe fp8_rowwise, JAX, command_buffer=False"}
+    of = {table: {system for t, system in rows if t == table} for table in (overhead.OP, overhead.STEP)}
+    assert of == {overhead.OP: {*ours, "jax.lax.ragged_dot bf16"}, overhead.STEP: ours}
+    assert rows[HOST_FORWARD, BF16].ms is not None
+    for table, systems in of.items():
+        for system in systems:
+            row = rows[table, system]
+            assert row.ms > 0, row.note
+            assert row.peak_bytes > 0
+    assert rows[overhead.OP, "xmoe fp8_rowwise, JAX"].sqnr_db >= 27.5
+    assert 18 <= rows[overhead.STEP, "xmoe fp8_rowwise, JAX"].sqnr_db < 27.5  # several GEMMs deep
+
+
+def test_calls_of_a_program_are_calls() -> None:
+    """XLA makes one of equal ones."""
+    problem = ragged_dot.Problem(GEMM)
+    text = {}
+    for calls in (1, 3):
+        program = problem.program(jax.lax.ragged_dot, calls)
+        assert len(program()) == calls
+        text[calls] = program.compiled.as_text().count(" dot(")
+    assert text[3] >= 3 * text[1] > 0
+
+
+@pytest.mark.parametrize("module", [ragged_dot, overhead])
+def test_a_wrong_ragged_dot_is_not_timed(module: Any, events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ragged_dot.ragged_dot
+    monkeypatch.setattr(module, "ragged_dot", lambda *a, config: right(*a, config=config).at[-1].multiply(3))
+    command = "grouped-mm" if module is ragged_dot else "overhead"
+    rows = measured(Options(command, (GEMM,), ("fp8_rowwise",), ("jax",), rounds=1), events)
+    row = rows[BOTH if module is ragged_dot else overhead.OP, "xmoe fp8_rowwise, JAX"]
+    assert row.ms is None
+    assert row.note.startswith("wrong: out")
+
+
+def test_who_is_invited(events: Events) -> None:
+    """Nobody imports JAX unless one of its peers is asked for; without a GPU it stays out, and a note says so."""
+    assert worker.guest(Options("grouped-mm", (GEMM,), ("bf16",), ("torch", "torchao")), events) is None
+    assert events.all == []
+    if jax.devices()[0].platform == "gpu":
+        pytest.skip("JAX has a GPU")
+    assert worker.guest(Options("grouped-mm", (GEMM,), ("bf16",), ("jax",)), events) is None
+    assert [event["event"] for event in events.all] == ["note"]
+    assert "JAX finds no GPU" in events.all[0]["text"]
