@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 FLUSH_BYTES = 2**27
 """More than any GPU's L2 cache holds."""
+WARM_UPS = 3
+"""Calls before a timing: XLA records the launches of a program that it has run before."""
 MOST_CALLS = 1000
 """Enqueued together."""
 
@@ -45,6 +47,7 @@ class WallTimer:
 
     def __call__(self, fn: Callable[[], Any]) -> float:
         """Milliseconds of a call of ``fn``, which returns what it computes."""
+        self._wall(fn, WARM_UPS)
         estimate = self._wall(fn, 1)
         times = min(max(int(self._round_ms / max(estimate, 1e-3)), 3), MOST_CALLS)
         return max(self._wall(fn, times) - self._wall(lambda: None, times), 1e-6) / times

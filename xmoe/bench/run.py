@@ -18,6 +18,8 @@ from xmoe.train.files import write_atomically, writing
 
 JAX_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
 """JAX takes memory as it needs it: three quarters of the GPU at once would leave little to torch, which it shares."""
+JAX_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""The most that it takes, by either name: what it finds, unless the user says otherwise (`jax.lax.ragged_dot` needs it)."""
 
 
 class WorkerFailed(Exception):
@@ -97,6 +99,8 @@ def run(options: Options, out: Path) -> Results:
 def start_worker(options: Options) -> Iterator[dict[str, Any]]:
     """The events of the worker's process, until it ends. Raises WorkerFailed when it fails; ends it when left early."""
     environment = {**os.environ, **JAX_ENVIRONMENT}
+    if not environment.keys() & set(JAX_SHARE):
+        environment[JAX_SHARE[0]] = ".95"
     command = [sys.executable, "-m", "xmoe.bench.worker"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
