@@ -19,7 +19,7 @@ from xmoe.train.files import write_atomically, writing
 JAX_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
 """JAX takes memory as it needs it: three quarters of the GPU at once would leave little to torch, which it shares."""
 JAX_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""The most that it takes, by either name: what it finds, unless the user says otherwise (`jax.lax.ragged_dot` needs it)."""
+"""The most that it takes, by either name: all it finds, unless the user says otherwise (`jax.lax.ragged_dot`)."""
 
 
 class WorkerFailed(Exception):
