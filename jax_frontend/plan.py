@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType
 
 from xmoe.config import GroupedMMConfig, KernelPreference, as_config
@@ -228,7 +229,7 @@ def _check_sizes(group_sizes: jax.Array, G: int, of: str, group_offset: jax.Arra
 
 def _check_offset(group_offset: jax.Array, most: int) -> None:
     """Raises ValueError for an offset whose value is known, and not 0 to ``most``."""
-    if isinstance(group_offset, jax.core.Tracer) or not getattr(group_offset, "is_fully_addressable", True):
+    if isinstance(group_offset, Tracer) or not getattr(group_offset, "is_fully_addressable", True):
         return
     if not 0 <= (first := int(np.asarray(group_offset).reshape(()))) <= most:
         raise ValueError(
