@@ -44,8 +44,8 @@ class MoE(nn.Module):
     `flax.linen.with_logical_partitioning`.
 
     With ``parallel`` calls run on its mesh, as those of an NNX layer do after `expert_parallel`; ``init`` does not.
-    Where the variables lie is the caller's part: ``parallel.spec("w1")`` and so on of the experts', on every device
-    the others.
+    Where the variables lie is up to the caller: the experts' as ``parallel.spec("w1")`` and so on say, or, what is the
+    same, by `flax.linen.get_sharding` with ``axis_names=(parallel.axis, None, parallel.tensor_axis)``.
 
     Raises ValueError, when it is initialised or called, for an argument that is out of range.
     """
@@ -67,11 +67,11 @@ class MoE(nn.Module):
     activation: Activation | None = None
     config: Any = None
     deterministic: bool = False
-    parallel: ExpertParallel | None = None
     kernel_init: Initializer | None = None
     axis_names: AxisNames | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    parallel: ExpertParallel | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> tuple[jax.Array, jax.Array]:

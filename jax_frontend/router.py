@@ -6,7 +6,7 @@ T tokens, E experts, k experts of each token; slot s = t * k + j is the j-th cho
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -266,5 +266,5 @@ def update_bias(bias: jax.Array, tokens_per_expert: jax.Array, rate: float | jax
 
 def check_rate(name: str, rate: float | jax.Array | None) -> None:
     """Raises ValueError for a Python number that is no rate of `update_bias`; arrays may be traced, and pass."""
-    if isinstance(rate, (int, float)) and not 0 <= rate < math.inf:
+    if isinstance(rate, Real) and not 0 <= rate < math.inf:
         raise ValueError(f"{name}={rate} would not even the load; give 0 or a small positive number such as 0.001")
