@@ -1,7 +1,10 @@
 """Tokens per second of SwiGLU experts on one device, and sharded over all of them by each exchange.
 
-    python examples/expert_parallel.py --shape deepseek_v3 --tokens 16384 --recipes bf16,fp8_rowwise
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu python examples/expert_parallel.py --shape tiny
+    PYTHONPATH=. python examples/expert_parallel.py --shape deepseek_v3 --tokens 16384 --recipes bf16,fp8_rowwise
+    PYTHONPATH=. JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 python examples/expert_parallel.py --shape tiny
+
+In a checkout, with a Python that has jax and flax: after ``make train`` .venv/bin/python. (Where xmoe is installed
+PYTHONPATH is not needed.)
 
 Forward and backward, with the gradients of tokens, scores and weights, from routed tokens to their weighted sums. One
 device has all experts and ``--tokens`` tokens; of P devices each has 1 / P of the experts and as many tokens of its

@@ -1,6 +1,6 @@
 """torchtitan's debug models on one GPU, in bf16 and in low precision: losses side by side.
 
-    python examples/titan_debug.py --model deepseek_v3 --recipes bf16,fp8_rowwise --steps 100
+    PYTHONPATH=. python examples/titan_debug.py --model deepseek_v3 --recipes bf16,fp8_rowwise --steps 100
 
 Runs torchtitan (0.2.2 or 0.3) once for each recipe and seed, on Python's own sources as text, and prints the loss of
 every tenth step, with ``--heldout`` also that of text which was not trained on. A recipe is one of the experts

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xmoe.config import RECIPES, GroupedMMConfig, LinearConfig, any_config
+from xmoe.config import RECIPES, GroupedMMConfig, LinearConfig, config_from_recipe
 from xmoe.fqn import DEFAULT, UNMATCHED, FqnToConfig, Unmatched, dotted
 from xmoe.jax_frontend.convert_jaxpr import NO_NAMES, WEIGHT_GRADIENT, Conversion, Form, Jitted, Names, unreachable
 
@@ -61,8 +61,8 @@ def quantize(
     and one config. A weight that no floating-point argument with two or more dimensions went into has the name "".
 
     What stays as it is: calls inside a function with a ``custom_vjp`` or ``custom_jvp`` of its own (with a warning in
-    the log), Pallas kernels (megablox, tokamax: have the model call `jax.lax.ragged_dot`), dense GEMMs, and methods
-    that are not in ``methods``, those of submodules too.
+    the log, or an error if there are no others), Pallas kernels (megablox, tokamax: have the model call
+    `jax.lax.ragged_dot`), dense GEMMs, and methods that are not in ``methods``, those of submodules too.
 
     Args:
         model_or_fn: a Flax NNX or Linen module, or a function. Quantizing again replaces the config.
@@ -82,7 +82,8 @@ def quantize(
         from xmoe.jax_frontend import convert_flax
 
         if convert_flax.is_module(model_or_fn):
-            return convert_flax.quantize_module(model_or_fn, quantizer, tuple(methods))
+            names = (methods,) if isinstance(methods, str) else tuple(methods)
+            return convert_flax.quantize_module(model_or_fn, quantizer, names)
     if not callable(model_or_fn) or inspect.isclass(model_or_fn):
         raise ValueError(f"model_or_fn is {model_or_fn!r}; give a Flax module (an instance of it) or a function")
     fn: Any = getattr(model_or_fn, "unquantized", model_or_fn)
@@ -112,7 +113,9 @@ def _call(fn: Callable[..., Any], tree: Any, leaves: list[Any]) -> Any:
 def _mapping(config: Any) -> FqnToConfig:
     if isinstance(config, FqnToConfig):
         return config
-    one = any_config(config) if isinstance(config, str) else config
+    one = config
+    if isinstance(config, str) and config in RECIPES:
+        one = config_from_recipe(config)
     if not isinstance(one, GroupedMMConfig):
         raise ValueError(f"config is {config!r}; give a GroupedMMConfig, an FqnToConfig or one of {', '.join(RECIPES)}")
     return FqnToConfig({DEFAULT: one})
@@ -250,7 +253,10 @@ class _Quantizer:
             keys = ", ".join(map(repr, self.mapping.fqn_to_config))
             return f"config (keys: {keys}) matches none of the weights; change it to match some of: {names}"
         if hidden:
-            return f"all calls of jax.lax.ragged_dot are inside {', '.join(hidden)}, and stay as they are"
+            return (
+                f"all calls of jax.lax.ragged_dot are inside {', '.join(hidden)}, whose derivative is not made of its "
+                "calls, so none can be converted; call xmoe.jax_frontend.ragged_dot there, or take the derivative away"
+            )
         return (
             "nothing here calls jax.lax.ragged_dot; a model with several implementations of its experts must be set "
             "to that one (MaxText: sparse_matmul=True, megablox=False)"

@@ -93,10 +93,7 @@ def parallel_experts(
     devices = jax.lax.axis_size(axis)
     if num_experts <= 0 or num_experts % devices:
         raise ValueError(f"num_experts={num_experts} is not a positive multiple of the {devices} devices of {axis!r}")
-    if capacity is not None and not capacity > 0:
-        raise ValueError(
-            f"capacity={capacity} is not positive; give a multiple of a balanced load such as 1.5, or None"
-        )
+    _check_capacity(capacity)
     slots = chosen.size
     room = devices * slots if capacity is None else min(devices * slots, math.ceil(capacity * slots))
 
@@ -223,7 +220,8 @@ class ExpertParallel:
     Args:
         mesh: of all devices that compute the layer.
         axis: the axis of the experts.
-        data_axes: axes that only tokens are sharded over; None: all that are neither of the others.
+        data_axes: axes that only tokens are sharded over, one name or several, as in a `jax.sharding.PartitionSpec`;
+            it becomes a tuple. None: all that are neither of the others.
         tensor_axis: the axis that H is sharded over; None: it is not.
         exchange, capacity: as in `parallel_experts`.
         check_vma: of `jax.shard_map`.
@@ -234,7 +232,7 @@ class ExpertParallel:
 
     mesh: Mesh
     axis: str = "expert"
-    data_axes: tuple[str, ...] | None = None
+    data_axes: str | tuple[str, ...] | None = None
     tensor_axis: str | None = None
     exchange: Exchange | None = None
     capacity: float | None = None
@@ -242,9 +240,18 @@ class ExpertParallel:
 
     def __post_init__(self) -> None:
         names = self.mesh.axis_names
-        for argument, axes in (("axis", (self.axis,)), ("tensor_axis", (self.tensor_axis,) if self.tensor_axis else ()),
-                               ("data_axes", self.data_axes or ())):  # fmt: skip
+        if self.data_axes is not None:
+            several = (self.data_axes,) if isinstance(self.data_axes, str) else tuple(self.data_axes)
+            object.__setattr__(self, "data_axes", several)
+        tensor_axes = () if self.tensor_axis is None else (self.tensor_axis,)
+        for argument, axes in (
+            ("axis", (self.axis,)),
+            ("tensor_axis", tensor_axes),
+            ("data_axes", self.data_axes or ()),
+        ):
             for name in axes:
+                if not isinstance(name, str):
+                    raise ValueError(f"{argument}={getattr(self, argument)!r}: {name!r} is not the name of one axis")
                 if name not in names:
                     raise ValueError(f"{argument}={getattr(self, argument)!r} is not of the mesh; its axes are {names}")
         if len({*self.token_axes, self.tensor_axis}) != len(self.token_axes) + 1:
@@ -253,6 +260,7 @@ class ExpertParallel:
                 "give each axis one of these parts"
             )
         _method(self.exchange)
+        _check_capacity(self.capacity)
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -315,7 +323,8 @@ class ExpertParallel:
             local, mesh=self.mesh, in_specs=(specs, tokens, tokens, tokens), out_specs=(tokens, P()),
             check_vma=self.check_vma,
         )  # fmt: skip
-        return Applied(*mapped(weights, x, chosen, scores))
+        # Where nobody else compiles it, it is compiled here as one program: alone, `shard_map` compiles each operation.
+        return Applied(*jax.jit(mapped)(weights, x, chosen, scores))
 
     def swiglu_experts(
         self,
@@ -369,11 +378,7 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh is {mesh!r}; give a jax.sharding.Mesh, such as that of jax.make_mesh")
     parallel = ExpertParallel(mesh=mesh, axis=axis, **options)
-    if AxisType.Auto not in mesh.axis_types or len({*mesh.axis_types}) > 1:
-        raise ValueError(
-            f"mesh has axis_types={mesh.axis_types}; the layer around its experts is sharded automatically: give "
-            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)"
-        )
+    check_automatic(mesh)
     for path, variable in nnx.to_flat_state(nnx.state(moe)):
         spec = P()
         if path[0] == "experts":
@@ -395,6 +400,22 @@ def _method(exchange: str | None) -> Exchange:
     if exchange == "ragged_all_to_all" and platform() == "cpu":
         raise ValueError(f"exchange={exchange!r} has no implementation on a CPU in XLA; use 'all_to_all' or None")
     return exchange
+
+
+def check_automatic(mesh: Mesh) -> None:
+    """Raises ValueError for a mesh that a layer cannot run on."""
+    if any(kind is not AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh has axis_types={mesh.axis_types}; the layer around its experts is sharded automatically: give "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n)"
+        )
+
+
+def _check_capacity(capacity: float | None) -> None:
+    if capacity is not None and not 0 < capacity < math.inf:
+        raise ValueError(
+            f"capacity={capacity} is not a positive number; give a multiple of a balanced load such as 1.5, or None"
+        )
 
 
 def _check_tokens(x: jax.Array, chosen: jax.Array, scores: jax.Array) -> None:

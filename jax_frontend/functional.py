@@ -15,7 +15,7 @@ from xmoe.fqn import UNMATCHED, FqnToConfig
 from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.permute import combine, permute_tokens
 from xmoe.jax_frontend.ragged_dot import ragged_dot
-from xmoe.jax_frontend.router import RouterOptions, Routing
+from xmoe.jax_frontend.router import RouterOptions, Routing, check_rate
 from xmoe.operands import FEATURE_MULTIPLE
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def moe(
     shared: Callable[[jax.Array], jax.Array] | None,
     options: RouterOptions,
     dtype: jax.typing.DTypeLike | None,
-    parallel: Callable[[jax.Array, Routing], jax.Array] | None = None,
+    parallel: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Routing]:
     """y like x [..., D], and where its tokens went.
 
@@ -73,7 +73,8 @@ def moe(
         experts: (tokens [T, D], group_sizes [E], order [T * k]) → [T * k, D], sorted by expert.
         shared: [T, D] → [T, D], added to what the experts give.
         dtype: the experts, the shared one too, compute in it; None: in that of x.
-        parallel: (tokens [T, D], routing) → float32 [T, D], in place of ``experts`` and their weighted sum.
+        parallel: (tokens [T, D], their experts [T, k], E where there is none, scores [T, k]) → float32 [T, D], in place
+            of ``experts`` and their weighted sum.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}; give floating-point tokens, x.astype(jnp.bfloat16)")
@@ -86,7 +87,10 @@ def moe(
     if parallel is None:
         y = combine(experts(inputs, routing.group_sizes, routing.order), routing.scores, routing.order)
     else:
-        y = parallel(inputs, routing)
+        chosen = routing.experts
+        if options.capacity_factor is not None:  # a dropped slot goes nowhere
+            chosen = jnp.where(routing.scores != 0, chosen, options.num_experts)
+        y = parallel(inputs, chosen, routing.scores)
     y = y.astype(x.dtype)
     if shared is not None:
         y = y + shared(inputs).astype(x.dtype)
@@ -155,6 +159,15 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size <= 0 or size % FEATURE_MULTIPLE:
             raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; round it up")
+
+
+def check_options(*, shared_hidden_dim: int | None, bias_update_rate: float | None) -> None:
+    """Raises ValueError for options of a layer that are out of range; `RouterOptions` checks those of its router."""
+    if shared_hidden_dim is not None and shared_hidden_dim < 0:
+        raise ValueError(
+            f"shared_hidden_dim={shared_hidden_dim} is negative; give a width, or None for no shared expert"
+        )
+    check_rate("bias_update_rate", bias_update_rate)
 
 
 def check_activation(activation: Activation | None, gated: bool) -> Activation:

@@ -16,6 +16,7 @@ except ImportError as error:
 
 from xmoe.fqn import dotted
 from xmoe.jax_frontend import functional
+from xmoe.jax_frontend.expert_parallel import ExpertParallel, check_automatic
 from xmoe.jax_frontend.functional import Activation, AxisNames, Initializer, Weights
 from xmoe.jax_frontend.router import GroupScore, RouterOptions, ScoreFunction, update_bias
 
@@ -42,6 +43,10 @@ class MoE(nn.Module):
     modules around it, "layers_0.moe.experts". With ``axis_names`` the parameters are boxed by
     `flax.linen.with_logical_partitioning`.
 
+    With ``parallel`` calls run on its mesh, as those of an NNX layer do after `expert_parallel`; ``init`` does not.
+    Where the variables lie is up to the caller: the experts' as ``parallel.spec("w1")`` and so on say, or, what is the
+    same, by `flax.linen.get_sharding` with ``axis_names=(parallel.axis, None, parallel.tensor_axis)``.
+
     Raises ValueError, when it is initialised or called, for an argument that is out of range.
     """
 
@@ -66,6 +71,7 @@ class MoE(nn.Module):
     axis_names: AxisNames | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    parallel: ExpertParallel | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> tuple[jax.Array, jax.Array]:
@@ -85,6 +91,9 @@ class MoE(nn.Module):
             capacity_factor=self.capacity_factor,
         )
         functional.check_sizes(dim=self.dim, hidden_dim=self.hidden_dim)
+        functional.check_options(shared_hidden_dim=self.shared_hidden_dim, bias_update_rate=self.bias_update_rate)
+        if self.parallel is not None:
+            check_automatic(self.parallel.mesh)
         activation = functional.check_activation(self.activation, self.gated)
         made: dict[str, Any] = {
             "dim": self.dim,
@@ -95,14 +104,30 @@ class MoE(nn.Module):
         weight, bias = _Router(**made, num_experts=self.num_experts, name="router")(self.bias_update_rate is not None)
         made["activation"] = activation
         configs = functional.resolve(self.config, dotted(self.path), self.gated, warn=self.is_initializing())
-        experts = _Experts(
-            **made, hidden_dim=self.hidden_dim, num_experts=self.num_experts, configs=configs, name="experts"
-        )
+        weights = _Experts(**made, hidden_dim=self.hidden_dim, num_experts=self.num_experts, name="experts")()
+
+        def experts(x: jax.Array, group_sizes: jax.Array, order: jax.Array) -> jax.Array:
+            return functional.apply_experts(x, weights, group_sizes, order, configs, activation)
+
+        def on_mesh(tokens: jax.Array, chosen: jax.Array, scores: jax.Array) -> jax.Array:
+            def compute(w: Any, x: jax.Array, group_sizes: jax.Array, order: jax.Array | None) -> jax.Array:
+                given = Weights(w["w1"], w["w2"], w.get("w3"))
+                return functional.apply_experts(x, given, group_sizes, order, configs, activation)
+
+            assert self.parallel is not None, "called on one device"
+            by_name = {name: weight for name, weight in weights._asdict().items() if weight is not None}
+            y, fraction = self.parallel.apply(compute, by_name, tokens, chosen, scores)
+            self.sow("intermediates", "exchange_drop_fraction", fraction)
+            return y
+
         shared = None
         if self.shared_hidden_dim:
             shared = _FeedForward(**made, hidden_dim=self.shared_hidden_dim, name="shared")
         bias_value = None if bias is None else bias.value
-        y, routing = functional.moe(x, weight, bias_value, experts, shared, options, self.dtype)
+        y, routing = functional.moe(
+            x, weight, bias_value, experts, shared, options, self.dtype,
+            None if self.parallel is None or self.is_initializing() else on_mesh,
+        )  # fmt: skip
         for name, value in routing.metrics.items():
             self.sow("intermediates", name, value)
         training = not (self.deterministic if deterministic is None else deterministic) and not self.is_initializing()
@@ -134,19 +159,17 @@ class _Experts(nn.Module):
     dim: int
     hidden_dim: int
     num_experts: int
-    configs: functional.ExpertConfigs
     activation: Activation
     kernel_init: Initializer | None
     axis_names: AxisNames | None
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, group_sizes: jax.Array, order: jax.Array) -> jax.Array:
+    def __call__(self) -> Weights:
         def weight(name: str, *shape: int) -> jax.Array:
             return _param(self, name, f"experts.{name}", (self.num_experts, *shape))
 
-        weights = _weights(weight, self.dim, self.hidden_dim, self.activation)
-        return functional.apply_experts(x, weights, group_sizes, order, self.configs, self.activation)
+        return _weights(weight, self.dim, self.hidden_dim, self.activation)
 
 
 class _FeedForward(nn.Module):

@@ -18,7 +18,7 @@ from xmoe.fqn import Name, dotted
 from xmoe.jax_frontend import functional
 from xmoe.jax_frontend.expert_parallel import ExpertParallel
 from xmoe.jax_frontend.functional import Activation, AxisNames, ExpertConfigs, Initializer, Weights
-from xmoe.jax_frontend.router import GroupScore, RouterOptions, Routing, ScoreFunction, update_bias
+from xmoe.jax_frontend.router import GroupScore, RouterOptions, ScoreFunction, update_bias
 
 
 class RouterBias(nnx.Variable):
@@ -224,6 +224,7 @@ class MoE(nnx.Module):
             capacity_factor=capacity_factor,
         )
         functional.check_sizes(dim=dim, hidden_dim=hidden_dim)
+        functional.check_options(shared_hidden_dim=shared_hidden_dim, bias_update_rate=bias_update_rate)
         activation = functional.check_activation(activation, gated)
         self.parallel: ExpertParallel | None = None
         """How the experts lie on a mesh (`expert_parallel`); None: on one device."""
@@ -256,13 +257,9 @@ class MoE(nnx.Module):
             self.update_bias(routing.tokens_per_expert)
         return y, routing.load_balance_loss
 
-    def _on_mesh(self, tokens: jax.Array, routing: Routing) -> jax.Array:
+    def _on_mesh(self, tokens: jax.Array, chosen: jax.Array, scores: jax.Array) -> jax.Array:
         assert self.parallel is not None, "called on one device"
-        dropped = self.num_experts  # by capacity_factor: goes nowhere
-        experts = routing.experts if self.options.capacity_factor is None else jnp.where(
-            routing.scores != 0, routing.experts, dropped
-        )  # fmt: skip
-        y, fraction = self.parallel.apply(self.experts.compute, self.experts.weights(), tokens, experts, routing.scores)
+        y, fraction = self.parallel.apply(self.experts.compute, self.experts.weights(), tokens, chosen, scores)
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "exchange_drop_fraction", fraction)
         return y

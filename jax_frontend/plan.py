@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType
 
 from xmoe.config import GroupedMMConfig, KernelPreference, as_config
@@ -218,10 +220,22 @@ def _check_sizes(group_sizes: jax.Array, G: int, of: str, group_offset: jax.Arra
                 f"group_sizes has shape {group_sizes.shape}; with group_offset give the sizes of all groups, of which "
                 f"rhs holds {G}"
             )
+        _check_offset(group_offset, group_sizes.shape[0] - G)
     elif group_sizes.shape != (G,):
         raise ValueError(f"group_sizes has shape {group_sizes.shape}; give ({G},), one size for each {of}")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes is {group_sizes.dtype}; give group_sizes.astype(jnp.int32)")
+
+
+def _check_offset(group_offset: jax.Array, most: int) -> None:
+    """Raises ValueError for an offset whose value is known, and not 0 to ``most``."""
+    if isinstance(group_offset, Tracer) or not getattr(group_offset, "is_fully_addressable", True):
+        return
+    if not 0 <= (first := int(np.asarray(group_offset).reshape(()))) <= most:
+        raise ValueError(
+            f"group_offset={first} is out of range; give 0 to {most}, which is the groups of group_sizes less those of "
+            "rhs"
+        )
 
 
 def _engine(config: GroupedMMConfig, implementation: str | None, where: str, **operands: jax.Array) -> Engine:

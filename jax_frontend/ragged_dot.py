@@ -75,8 +75,9 @@ def ragged_dot(
             whatever the precision; what is left to choose is ``config.accumulation``.
         preferred_element_type: bfloat16 or float32; None: ``config.out_dtype``, or else the dtype of ``lhs``.
         group_offset: one integer, shape (1,) or (): ``rhs`` holds groups from this one on, and ``group_sizes`` [E] are
-            those of all; rows of other groups come out as zeros. Clipped to [0, E - G]. Costs a copy of ``lhs`` and of
-            the output, forward and backward.
+            those of all; rows of other groups come out as zeros. Costs a copy of ``lhs`` and of the output, forward and
+            backward. A value that is not in 0 .. E - G raises ValueError; where only the trace of it is known, as
+            under `jax.jit`, it is clipped to that, and ``config.debug`` logs it.
         out_sharding: only None; here for the signature of `jax.lax.ragged_dot`.
         config: a `GroupedMMConfig`, a recipe (enum or name, see `xmoe.RECIPES`), or None for the bfloat16 baseline.
         transpose_rhs: ``rhs`` is [G, N, K], as PyTorch stores linear weights; nothing is copied.
@@ -97,6 +98,8 @@ def ragged_dot(
     plan = make_plan(lhs, rhs, group_sizes, preferred_element_type, config, transpose_rhs, implementation, group_offset)
     if plan.config.debug:
         jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
+        if group_offset is not None:
+            jax.debug.callback(functools.partial(report_bad_offset, group_sizes.shape[0] - plan.G), group_offset)
     if group_offset is None:
         return call_op(_ragged_dot, plan, *vary_together(lhs, rhs, jnp.cumsum(group_sizes, dtype=jnp.int32)))
     # The kernels know groups from row 0 on.
@@ -181,7 +184,11 @@ def _as_gkn(plan: Plan, rhs: jax.Array) -> jax.Array:
 
 
 def call_op(op: Callable[..., Any], plan: Any, *arrays: jax.Array) -> Any:
-    """``op(plan, *arrays)``; compiled in a `shard_map` that is not, where JAX lacks this kind of `custom_vjp`."""
+    """``op(plan, *arrays)``; compiled in a `shard_map` that is not, where JAX lacks this kind of `custom_vjp`.
+
+    There JAX compiles every operation at every call, this one too, whichever `jax.jit` object it is given; the trace
+    is kept, by ``op``, ``plan`` and the shapes.
+    """
     if any(type(x).__name__ == "ShardMapTracer" for x in arrays):
         return jax.jit(op, static_argnums=0)(plan, *arrays)
     return op(plan, *arrays)
@@ -202,3 +209,10 @@ def report_bad_sizes(M: int, group_sizes: Any) -> None:
     sizes = np.asarray(group_sizes).tolist()
     if min(sizes) < 0 or sum(sizes) > M:
         _log.error("group_sizes=%s, in sum %d: give sizes of 0 or more that sum to at most M=%d", sizes, sum(sizes), M)
+
+
+def report_bad_offset(most: int, group_offset: Any) -> None:
+    """``config.debug``: as `report_bad_sizes`, of an offset that was clipped."""
+    first = int(np.asarray(group_offset).reshape(()))
+    if not 0 <= first <= most:
+        _log.error("group_offset=%d is out of range, and was clipped: give 0 to %d", first, most)

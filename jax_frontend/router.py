@@ -6,6 +6,7 @@ T tokens, E experts, k experts of each token; slot s = t * k + j is the j-th cho
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -79,6 +80,11 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         E, k, groups, limited = self.num_experts, self.top_k, self.num_expert_groups, self.num_limited_groups
+        for name, value in (("num_experts", E), ("top_k", k)):
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name}={value!r} is no integer; give a number of experts")
+        if E < 1:
+            raise ValueError(f"num_experts={E} is not positive; give 1 or more")
         if not 1 <= k <= E:
             raise ValueError(f"top_k={k} is out of range; give 1 to num_experts={E}")
         for name, value, known in (
@@ -101,6 +107,8 @@ class RouterOptions:
                     f"top_k={k} exceeds the {limited * (E // groups)} experts of num_limited_groups={limited} groups; "
                     "raise num_limited_groups"
                 )
+        if not 0 < self.scaling_factor < math.inf:
+            raise ValueError(f"scaling_factor={self.scaling_factor} is not a positive number; use 1.0 to leave scores")
         factor = self.capacity_factor
         if factor is not None and not 0 < factor < math.inf:
             raise ValueError(f"capacity_factor={factor} is not a positive number; use None to drop no token")
@@ -247,6 +255,16 @@ def update_bias(bias: jax.Array, tokens_per_expert: jax.Array, rate: float | jax
 
     The rule of auxiliary-loss-free balancing (arXiv:2408.15664, algorithm 1; DeepSeek-V3 uses a rate of 0.001), to be
     applied once a step, with the counts of the whole batch: sum those of micro-batches and of devices before.
+
+    Raises:
+        ValueError: ``rate`` is a Python number that is negative or not finite.
     """
+    check_rate("rate", rate)
     load = tokens_per_expert.astype(jnp.float32)
     return bias + jnp.asarray(rate, bias.dtype) * jnp.sign(load.mean() - load).astype(bias.dtype)
+
+
+def check_rate(name: str, rate: float | jax.Array | None) -> None:
+    """Raises ValueError for a Python number that is no rate of `update_bias`; arrays may be traced, and pass."""
+    if isinstance(rate, Real) and not 0 <= rate < math.inf:
+        raise ValueError(f"{name}={rate} would not even the load; give 0 or a small positive number such as 0.001")

@@ -2,13 +2,17 @@
 
 import importlib
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python(?: (?P<needs>\w+))?\n(?P<code>.*?)^```", flags=re.DOTALL | re.MULTILINE)
 """An example; a word after "python" is a package that it needs and that may be missing."""
 EXAMPLES = [
@@ -43,3 +47,16 @@ def test_names_of_the_migration_table() -> None:
     for name in names - {"xmoe.torch_backend"}:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda example: example.stem)
+def test_commands_work_in_a_checkout(example: Path) -> None:
+    """Where nothing is installed: each command that is shown finds xmoe."""
+    command = re.compile(rf"((?:[A-Z_]+=\S+ )*)python (examples/{example.name})")
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), example]
+    shown = [found for page in pages for found in command.finditer(page.read_text())]
+    assert shown
+    for found in shown:
+        assert "PYTHONPATH=. " in found[1], found[0]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    subprocess.run([sys.executable, shown[0][2], "--help"], cwd=ROOT, env=environment, check=True, capture_output=True)

@@ -382,7 +382,12 @@ own_derivative.defvjp(lambda x, w: (own_derivative(x, w), None), lambda _, d: (d
             "one weight several configs (w: fp8_rowwise, x: bf16)",
             id="two configs",
         ),
-        pytest.param(lambda x, w: own_derivative(x, w), RECIPE, "are inside custom_vjp_call", id="custom_vjp"),
+        pytest.param(
+            lambda x, w: own_derivative(x, w),
+            RECIPE,
+            "are inside custom_vjp_call, whose derivative is not made of its calls, so none can be converted; call",
+            id="custom_vjp",
+        ),
     ],
 )
 def test_errors_of_a_call(fn: Any, config: Any, message: str, x: Any, weights: Any) -> None:
@@ -394,9 +399,11 @@ def test_errors_of_a_call(fn: Any, config: Any, message: str, x: Any, weights: A
     ("model", "config", "options", "message"),
     [
         (lambda x: x, "tensorwise", {}, "config is 'tensorwise'; give a GroupedMMConfig"),
+        (lambda x: x, "nonsense", {}, "config is 'nonsense'; give a GroupedMMConfig, an FqnToConfig or one of bf16, "),
         (lambda x: x, None, {}, "config is None"),
         (RoutedMoE, RECIPE, {}, "give a Flax module (an instance of it)"),
         (LinenMoE(), RECIPE, {"methods": ("encode",)}, "methods: LinenMoE has no method 'encode'"),
+        (LinenMoE(), RECIPE, {"methods": "encode"}, "methods: LinenMoE has no method 'encode'"),
     ],
 )
 def test_errors_of_quantize(model: Any, config: Any, options: Any, message: str) -> None:

@@ -18,6 +18,8 @@ from xmoe.jax_frontend import (
     MoE,
     combine,
     expert_parallel,
+    linen,
+    parallel_experts,
     permute_tokens,
     swiglu_experts,
 )
@@ -331,6 +333,58 @@ def test_the_layer_trains_as_on_a_single_device() -> None:
     assert min(got.values()) >= 100, got
 
 
+def halves(layer: MoE) -> MoE:
+    """The layer, whose top-2 scores are all exactly 1/2: expert e and its twin e + 4 score the same."""
+    layer.router.weight[...] = jnp.tile(layer.router.weight[:4], (2, 1))
+    return layer
+
+
+def test_a_layer_that_is_not_compiled() -> None:
+    """Without jit around it: the same bits."""
+    moe = halves(MoE(D, H, E, 2, config="bf16", rngs=nnx.Rngs(0)))
+    want, _ = nnx.jit(lambda moe: moe(X))(moe)
+    np.testing.assert_array_equal(expert_parallel(moe, mesh_of({"expert": 4}))(X)[0], want)
+
+
+@functools.cache
+def with_full_experts(flax: str, parallel: ExpertParallel | None) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """({"y": ..., and gradients by name}, metrics) of a layer whose experts take 0.7 of a balanced load."""
+    options: dict[str, Any] = {"capacity_factor": 0.7, "config": "bf16", "shared_hidden_dim": 16}
+    graph, state = nnx.split(halves(MoE(D, H, E, 2, **options, rngs=nnx.Rngs(0))))
+    weights = nnx.to_pure_dict(state)
+    if parallel is not None:
+        where = {name: NamedSharding(parallel.mesh, parallel.spec(name)) for name in weights["experts"]}
+        weights["experts"] = jax.device_put(weights["experts"], where)
+
+    def loss(weights: Any, x: jax.Array) -> Any:
+        if flax == "linen":
+            moe = linen.MoE(D, H, E, 2, parallel=parallel, **options)
+            (y, _), metrics = moe.apply({"params": weights}, x, mutable=["intermediates"])
+            return (y * DY).sum(), (y, metrics["intermediates"])
+        nnx.replace_by_pure_dict(state, weights)
+        moe = nnx.merge(graph, state)
+        moe.parallel = parallel
+        (y, _), metrics = nnx.capture(moe, nnx.Intermediate)(x)
+        return (y * DY).sum(), (y, nnx.to_pure_dict(metrics))
+
+    grads, (y, metrics) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(weights, X)
+    return {"y": y, **{jax.tree_util.keystr(path): g for path, g in jax.tree.leaves_with_path(grads)}}, metrics
+
+
+@pytest.mark.parametrize("flax", ["nnx", "linen"])
+def test_a_capacity_factor_drops_what_it_drops_on_a_single_device(flax: str) -> None:
+    """In layers of either kind; and what the router dropped asks for no room on a device."""
+    room = np.ceil(T * 2 * 0.7 / E) / (T / 8 * 2)  # for what the router lets through, and no more
+    got, metrics = with_full_experts(flax, ExpertParallel(mesh=mesh_of(MESHES["8"]), capacity=float(room)))
+    want, of_single = with_full_experts("nnx", None)
+    assert metrics["exchange_drop_fraction"] == (0,)
+    assert 0.1 < of_single["drop_fraction"][0] < 0.6
+    for name in ("drop_fraction", "tokens_per_expert"):
+        np.testing.assert_array_equal(metrics[name][0], of_single[name][0])
+    assert min(sqnr(want, got).values()) >= 110, sqnr(want, got)
+    assert got["[0]['experts']['w1']"].sharding.spec[0] == "expert"
+
+
 def test_the_layer_tells_what_had_no_room() -> None:
     moe = MoE(D, H, E, k, rngs=nnx.Rngs(0))
     moe.router.weight[...] = jnp.zeros((E, D))  # all experts score the same: everybody takes the first three
@@ -351,7 +405,9 @@ def test_the_layer_tells_what_had_no_room() -> None:
         ({"data_axes": ("expert",)}, r"share an axis"),
         ({"exchange": "ring"}, "exchange='ring' is not known; use one of ragged_all_to_all"),
         ({"exchange": "ragged_all_to_all"}, "no implementation on a CPU in XLA; use 'all_to_all'"),
-        ({"capacity": 0}, "capacity=0 is not positive"),
+        ({"tensor_axis": ("expert",)}, r"tensor_axis=\('expert',\): \('expert',\) is not the name of one axis"),
+        ({"data_axes": "expert"}, r"data_axes=\('expert',\) and .* share an axis"),
+        ({"data_axes": "data"}, r"data_axes=\('data',\) is not of the mesh"),
         ({"T": 60}, r"T=60 tokens, which \('expert',\) do not divide into 8; pad the batch"),
         ({"E": 4}, r"w1 has shape \(4, 64, 32\): E=4 is not a multiple of the 8 devices of 'expert'"),
         ({"chosen": CHOSEN[:8]}, r"chosen has shape \(8, 3\); give \[T, k\], T=64"),
@@ -373,6 +429,25 @@ def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
         )
 
 
+@pytest.mark.parametrize("capacity", [0, -1, float("nan"), float("inf")])
+def test_a_capacity_that_is_none(capacity: float) -> None:
+    with pytest.raises(ValueError, match=f"capacity={capacity} is not a positive number; give a multiple .* or None"):
+        ExpertParallel(mesh=mesh_of(MESHES["8"]), capacity=capacity)
+    run = functools.partial(parallel_experts, None, num_experts=E, axis="expert", capacity=capacity)
+    mapped = jax.shard_map(run, mesh=mesh_of(MESHES["8"]), in_specs=P("expert"), out_specs=P("expert"))
+    with pytest.raises(ValueError, match=f"capacity={capacity} is not a positive number"):
+        jax.eval_shape(mapped, X, CHOSEN, SCORES)
+
+
+def test_names_of_axes_as_a_partition_spec_takes_them() -> None:
+    several = ExpertParallel(mesh=mesh_of(MESHES["2x4"]), data_axes=("data",))
+    for data_axes in ("data", ["data"]):
+        one = ExpertParallel(mesh=mesh_of(MESHES["2x4"]), data_axes=data_axes)  # type: ignore[arg-type]
+        assert one == several
+        assert hash(one) == hash(several)
+        assert one.token_axes == ("data", "expert")
+
+
 def test_layers_that_a_mesh_does_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"experts.w1 has shape \(6, 64, 32\): E=6 .* multiple of the 8 devices"):
         expert_parallel(MoE(D, H, 6, k, rngs=nnx.Rngs(0)), mesh_of(MESHES["8"]))
@@ -381,14 +456,9 @@ def test_layers_that_a_mesh_does_not_fit_are_refused() -> None:
         tensor.check_weight("experts.w2", (8, 32, 50), tensor.spec("w2"))
     with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
         expert_parallel(layer(), mesh_of(MESHES["8"], AxisType.Explicit))
-
-
-def test_a_layer_that_is_not_compiled() -> None:
-    """Without jit around it: the ops compile themselves inside the shard_map."""
-    layer = MoE(D, H, num_experts=E, top_k=2, config="fp8_rowwise", rngs=nnx.Rngs(0))
-    want, _ = layer(X)
-    expert_parallel(layer, mesh_of({"expert": 4}))
-    np.testing.assert_allclose(layer(X)[0], want, rtol=1e-5, atol=1e-6)
+    explicit = ExpertParallel(mesh=mesh_of(MESHES["8"], AxisType.Explicit))
+    with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
+        jax.eval_shape(linen.MoE(D, H, E, k, parallel=explicit).init, jax.random.key(0), X)
 
 
 def test_what_is_no_layer() -> None:

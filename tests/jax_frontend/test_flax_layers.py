@@ -218,8 +218,8 @@ def test_scans_over_layers_with_remat() -> None:
             return x + y, load_balance_loss
 
         def loss(layers: MoE) -> Any:
-            y, losses = forward(x, layers)
-            return (y**2).mean() + losses.sum(), y
+            (y, losses), metrics = nnx.capture(lambda layers: forward(x, layers), nnx.Intermediate)(layers)
+            return (y**2).mean() + losses.sum(), (y, nnx.to_pure_dict(metrics))
 
         return nnx.grad(loss, has_aux=True)(layers)
 
@@ -234,12 +234,15 @@ def test_scans_over_layers_with_remat() -> None:
     grads, (y, state) = in_linen(variables["params"])
     layers = make(jax.random.split(jax.random.key(1), 2))
     nnx.update(layers, variables["params"]["layers"]["moe"])
-    nnx_grads, nnx_y = in_nnx(layers)
+    nnx_grads, (nnx_y, metrics) = in_nnx(layers)
     want_y = jax.jit(in_turn, compiler_options=QUICKLY)(variables["params"])
     bias, sown = state["router_stats"]["layers"]["moe"]["router"]["bias"], state["intermediates"]["layers"]["moe"]
     np.testing.assert_array_equal(layers.router.bias[...], bias)
     np.testing.assert_array_equal(bias, 0.01 * np.sign(T * k / E - sown["tokens_per_expert"][0]).astype(np.float32))
     assert min(oracle.sqnr(want_y, y), oracle.sqnr(want_y, nnx_y)) >= 110
+    assert metrics.keys() == sown.keys()
+    for name, (values,) in metrics.items():  # of both layers in one array
+        np.testing.assert_allclose(values, sown[name][0], rtol=1e-6, err_msg=name)
     grads, nnx_grads = leaves(grads), leaves({"layers": {"moe": nnx.to_pure_dict(nnx_grads)}})
     assert grads.keys() == nnx_grads.keys()
     for name, gradient in grads.items():
@@ -295,6 +298,10 @@ def test_initializers_are_called_as_flax_kernels_are() -> None:
         ({"activation": "tanh"}, r"activation='tanh' .* use one of 'swiglu', 'geglu'"),
         ({"axis_names": ("expert", "embed")}, r"axis_names=\('expert', 'embed'\) are not three"),
         ({"capacity_factor": -1.0}, r"capacity_factor=-1.0"),
+        ({"scaling_factor": -1.0}, r"scaling_factor=-1.0 is not a positive number"),
+        ({"bias_update_rate": -1.0}, r"bias_update_rate=-1.0 would not even the load; give 0 or a small positive"),
+        ({"bias_update_rate": float("nan")}, r"bias_update_rate=nan"),
+        ({"shared_hidden_dim": -16}, r"shared_hidden_dim=-16 is negative; give a width, or None"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,23 @@ def test_bad_sizes_with_a_group_offset_are_cut() -> None:
     assert not got[:100].any()
 
 
+@pytest.mark.parametrize(("offset", "clipped"), [(-3, 0), (1, None), (100, 2)])
+def test_an_offset_that_is_data_is_clipped_and_debug_says_so(
+    offset: int, clipped: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    dot = functools.partial(ragged_dot, config=BF16GroupedMMConfig(debug=True), implementation="bridge")
+    run = jax.jit(lambda offset: dot(A, B[:2], jnp.asarray(SIZES), group_offset=offset))
+    with caplog.at_level(logging.ERROR):
+        got = run(jnp.array([offset]))
+        jax.effects_barrier()
+    messages = [r.getMessage() for r in caplog.records]
+    if clipped is None:
+        assert not messages
+    else:
+        assert messages == [f"group_offset={offset} is out of range, and was clipped: give 0 to 2"]
+        np.testing.assert_array_equal(got, run(jnp.array([clipped])))
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -200,6 +218,12 @@ def _with(**changes: Any) -> Callable[[], Any]:
         (_with(group_offset=jnp.zeros(2, jnp.int32)), r"group_offset is int32 of shape \(2,\); give one integer"),
         (_with(group_offset=jnp.zeros(1)), "group_offset is float32"),
         (_with(group_offset=1), r"group_offset is a int; give an array, jnp\.asarray\(group_offset\)"),
+        (_with(group_offset=jnp.array([1])), "group_offset=1 is out of range; give 0 to 0,"),
+        (
+            _with(group_offset=np.array(3), rhs=B[:2]),
+            "group_offset=3 is out of range; give 0 to 2, .* less those of rhs",
+        ),
+        (_with(group_offset=jnp.array(-1), rhs=B[:2]), "group_offset=-1 is out of range; give 0 to 2"),
         (_with(group_offset=jnp.zeros(1, jnp.int32), group_sizes=jnp.asarray(SIZES[:3])), "of all groups, .* holds 4"),
         (_with(out_sharding=P()), "out_sharding is not supported; .*shard_map"),
         (_with(config="fp4"), "recipe='fp4' is not known; use one of bf16, fp8_rowwise"),

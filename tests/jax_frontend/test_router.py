@@ -184,6 +184,10 @@ def test_the_update_is_a_sign() -> None:
         ({"group_score": "mean"}, r"group_score='mean' .* 'max' or 'top2_sum'"),
         ({"capacity_factor": 0.0}, r"capacity_factor=0.0"),
         ({"capacity_factor": float("nan")}, r"capacity_factor=nan"),
+        ({"scaling_factor": 0}, r"scaling_factor=0 is not a positive number; use 1.0"),
+        ({"scaling_factor": float("inf")}, r"scaling_factor=inf is not"),
+        ({"k": 2.0}, r"top_k=2.0 is no integer"),
+        ({"logits": jnp.zeros((T, 0))}, r"num_experts=0 is not positive"),
         ({"bias": jnp.zeros(3)}, r"bias has shape \(3,\); give \(8,\)"),
         ({"logits": jnp.zeros(E)}, r"logits has shape \(8,\); give \[T, E\]"),
     ],
@@ -193,3 +197,9 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
         route(**{"logits": jnp.zeros((T, E)), "k": k, **options})
     with pytest.raises(ValueError, match=r"logits has shape \(2, 3\); give \[T, 4\]"):
         RouterOptions(num_experts=4, top_k=1).route(jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+def test_a_rate_that_is_none(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"rate={rate} would not even the load; give 0 or a small positive number"):
+        update_bias(jnp.zeros(4), jnp.ones(4), rate)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -282,7 +283,31 @@ def test_shard_map_over_tokens_and_features(check_vma: bool) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-3), got, want)
 
 
+def test_shard_map_that_is_not_compiled() -> None:
+    """The op compiles itself: output and gradients have the bits of the compiled program."""
+    dot = dot_of("bridge")
+    mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("n",))
+    mapped = jax.shard_map(dot, mesh=mesh, in_specs=(P(), P(None, None, "n")), out_specs=P(None, "n"))
+    arguments = A, jnp.concatenate([B, 2 * B], axis=2)
+
+    def run(lhs: jax.Array, rhs: jax.Array) -> Any:
+        out, vjp = jax.vjp(mapped, lhs, rhs)
+        return out, *vjp(out)
+
+    want = jax.jit(run)(*arguments)
+    assert_equal(mapped(*arguments), want[0])
+    assert_equal(run(*arguments), want)
+
+
 # --------------------------------------------------------------------------------------------------------- what is not
+
+
+def test_export_of_the_bridge_is_refused_and_that_of_plain_jax_is_not() -> None:
+    with pytest.raises(NotImplementedError, match="serialization of host_callbacks is not yet implemented"):
+        jax.export.export(jax.jit(dot_of("bridge")))(A, B)
+    exported = jax.export.export(jax.jit(dot_of("jax")), platforms=("cpu", "cuda", "tpu"))(A, B)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert_equal(jax.jit(exported.call)(A, B), jax.jit(dot_of("jax"))(A, B))
 
 
 @each_engine
