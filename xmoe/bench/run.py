@@ -14,10 +14,8 @@ from xmoe.bench import report
 from xmoe.bench.options import Options
 from xmoe.bench.results import Results, Row, free_stem, save
 from xmoe.bench.screen import Screen, make_screen
+from xmoe.environment import JAX_ENVIRONMENT
 from xmoe.train.files import write_atomically, writing
-
-JAX_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
-"""JAX takes memory as it needs it: three quarters of the GPU at once would leave little to torch, which it shares."""
 
 
 class WorkerFailed(Exception):
