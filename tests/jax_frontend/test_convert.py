@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from tests.jax_frontend.conversions import LOGGER, RECIPE, D, E, equal, grouped_dot
+from tests.jax_frontend.conversions import LOGGER, RECIPE, D, E, LinenMoE, RoutedMoE, equal, grouped_dot
 from tests.jax_frontend.conversions import _compiled_quickly as _compiled_quickly
 from tests.jax_frontend.conversions import reference as reference
 from tests.jax_frontend.conversions import x as x
@@ -269,11 +269,17 @@ def test_errors_of_a_call(fn: Any, config: Any, message: str, x: Any, weights: A
 
 
 @pytest.mark.parametrize(
-    ("config", "message"), [("tensorwise", "config is 'tensorwise'; give a GroupedMMConfig"), (None, "config is None")]
+    ("model", "config", "options", "message"),
+    [
+        (lambda x: x, "tensorwise", {}, "config is 'tensorwise'; give a GroupedMMConfig"),
+        (lambda x: x, None, {}, "config is None"),
+        (RoutedMoE, RECIPE, {}, "give a Flax module (an instance of it)"),
+        (LinenMoE(), RECIPE, {"methods": ("encode",)}, "methods: LinenMoE has no method 'encode'"),
+    ],
 )
-def test_errors_of_quantize(config: Any, message: str) -> None:
+def test_errors_of_quantize(model: Any, config: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        quantize(lambda x: x, config)
+        quantize(model, config, **options)
 
 
 def test_warnings_are_given_once(x: Any, weights: Any, caplog: pytest.LogCaptureFixture) -> None:
