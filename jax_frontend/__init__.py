@@ -1,4 +1,5 @@
-"""xmoe for JAX: `ragged_dot` with a quantized backward, and a Flax MoE layer.
+"""xmoe for JAX: grouped GEMMs with a quantized backward, Flax MoE layers, expert parallelism, and the conversion of
+models of others.
 
 `MoE` needs flax (``pip install "xmoe[flax]"``), the bridge to the kernels needs torch; both load on first use.
 """

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax.experimental.buffer_callback import buffer_callback
 
 from xmoe.config import GroupedMMConfig, KernelPreference
-from xmoe.jax_frontend.emulation import Saved, varying_axes
+from xmoe.jax_frontend.emulation import Saved
 from xmoe.jax_frontend.plan import ExpertsPlan, Plan
+from xmoe.jax_frontend.varying import vary_over, varying_axes
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def has_kernels(config: GroupedMMConfig, platform: str) -> bool:
     Raises `xmoe.kernels.dispatch.UnsupportedError` (a ValueError) if it cannot honour the kernel preference. On "gpu",
     ask `obstacle` first.
     """
-    return _implementation(config, platform).gemm != "emulated"
+    return implementation_of(config, platform).gemm != "emulated"
 
 
 def without_kernels(config: GroupedMMConfig, platform: str) -> str:
@@ -84,7 +85,7 @@ def without_kernels(config: GroupedMMConfig, platform: str) -> str:
             "xmoe's kernels need Triton, which cannot be imported: pip install triton, or stay in JAX with "
             "implementation='jax'"
         )
-    implementation = _implementation(config, platform)
+    implementation = implementation_of(config, platform)
     if implementation.gemm != "emulated":
         return ""
     return "; ".join(text for text in (implementation.reason, implementation.advice) if text)
@@ -118,13 +119,13 @@ class _Call:
         plan: Plan | ExpertsPlan,
         aliases: dict[int, int] | None = None,
     ) -> None:
-        """`aliases`: inputs that become outputs, by their positions; they come as outputs only."""
+        """``aliases``: inputs that become outputs, by their positions; they come as outputs only."""
         self.aliases = aliases or {}
         shapes = {**spec.outputs, **{f"scratch.{name}": tensor for name, tensor in spec.scratch.items()}}
         self.outputs = (*spec.outputs,)
         self.shapes = [jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(tensor.dtype)) for tensor in shapes.values()]
         # Emulations wait for the device, and torch's GEMM allocates: neither can be recorded into a CUDA graph.
-        recordable = _implementation(plan.config, plan.platform).gemm == "triton"
+        recordable = implementation_of(plan.config, plan.platform).gemm == "triton"
         self.recordable = recordable and plan.config.command_buffer
 
         def callback(ctx: Any, buffers: Any, *inputs: Any) -> None:
@@ -144,17 +145,16 @@ def _run(call: _Call, *inputs: jax.Array) -> dict[str, jax.Array]:
         call.callback, call.shapes, vmap_method="sequential", input_output_aliases=call.aliases,
         command_buffer_compatible=call.recordable,
     )  # fmt: skip
-    outputs = dict(zip(call.outputs, run(*inputs), strict=False))
-    axes = tuple(varying_axes(*inputs))  # buffer_callback forgets them
-    return {name: jax.lax.pcast(x, axes, to="varying") for name, x in outputs.items()} if axes else outputs
+    axes = varying_axes(*inputs)  # buffer_callback forgets them
+    return {name: vary_over(axes, x) for name, x in zip(call.outputs, run(*inputs), strict=False)}
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward_call(plan: Plan, save: bool, save_amax: bool = False) -> _Call:
     pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
-    if plan.platform == "gpu":
-        _warm_up(problem, config)
+    for gpu in _gpus(plan):
+        pipeline.warm_up(problem, config, gpu)
     spec = pipeline.forward_spec(problem, config, device, save_tokens=save, save_amax=save_amax)
 
     def run(outputs: "pipeline.Tensors", scratch: "pipeline.Tensors", A: Any, B: Any, offs: Any) -> None:
@@ -167,8 +167,8 @@ def _forward_call(plan: Plan, save: bool, save_amax: bool = False) -> _Call:
 def _save_call(plan: Plan) -> _Call:
     pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
-    if plan.platform == "gpu":
-        _warm_up(problem, config, save=True)
+    for gpu in _gpus(plan):
+        pipeline.warm_up_save(problem, config, gpu)
 
     def run(outputs: "pipeline.Tensors", scratch: "pipeline.Tensors", A: Any, offs: Any) -> None:
         pipeline.save(problem, config, device, A, offs, outputs, scratch)
@@ -180,8 +180,8 @@ def _save_call(plan: Plan) -> _Call:
 def _backward_call(plan: Plan, need_dA: bool, need_dB: bool, amax_is_known: bool) -> _Call:
     pipeline = _pipeline()
     problem, config, device = _problem(plan), plan.config, _device(plan.platform)
-    if plan.platform == "gpu":
-        _warm_up(problem, config)
+    for gpu in _gpus(plan):
+        pipeline.warm_up(problem, config, gpu)
     spec = pipeline.backward_spec(problem, config, device, need_dA, need_dB, amax_is_known=amax_is_known)
     if need_dB and plan.transpose_rhs:  # XLA's buffer has the layout of rhs; the kernels get its [G, K, N] view
         outputs = {**spec.outputs, "dB": pipeline.TensorSpec(plan.rhs_shape, plan.rhs_dtype)}
@@ -227,7 +227,7 @@ def experts_gradient(
     from xmoe.kernels import experts
 
     got = _run(_experts_call(plan, "gradient", need_dx, need_dw), offs, dh, gate_up)
-    where = experts.places(plan.config, _implementation(plan.config, plan.platform), plan.x_dtype)
+    where = experts.places(plan.config, implementation_of(plan.config, plan.platform), plan.x_dtype)
     d, d_tokens = got[where.rows] if need_dx else None, got[where.tokens] if need_dw else None
     maps = tuple(got[name] for name in experts.MAPS if name in got)
     return Gradient(d, got.get("d_scale"), d_tokens, got.get("d_tokens_scale"), maps)
@@ -265,16 +265,15 @@ def swiglu(gate_up: jax.Array, plan: ExpertsPlan) -> jax.Array:
 
 @functools.lru_cache(maxsize=4096)
 def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
-    """`flags`: of "forward", whether the backward's tensors are wanted; of "gradient", which operands are needed; of
+    """``flags``: of "forward", whether the backward's tensors are wanted; of "gradient", which operands are needed; of
     "dgrad" and "wgrad", which of their optional inputs there are."""
     pipeline = _pipeline()
     from xmoe.kernels import experts
 
     config, device = plan.config, _device(plan.platform)
     e = experts.Experts(plan.M, plan.D, plan.H, plan.G, plan.x_dtype, plan.w_dtype, plan.out_dtype, plan.k)
-    if plan.platform == "gpu":
-        for local in jax.local_devices(backend="gpu"):
-            experts.warm_up(e, config, _torch().device("cuda", local.local_hardware_id))
+    for gpu in _gpus(plan):
+        experts.warm_up(e, config, gpu)
 
     maps = [name for name in experts.MAPS if name in experts.gradient_spec(e, config, device).outputs]
 
@@ -320,7 +319,7 @@ def _experts_call(plan: ExpertsPlan, stage: str, *flags: Any) -> _Call:
 
 
 def _optional(there: tuple[bool, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The optional inputs, None in place of those that are not `there`."""
+    """The optional inputs, None in place of those that are not ``there``."""
     rest = iter(given)
     return tuple(next(rest) if is_there else None for is_there in there)
 
@@ -354,7 +353,8 @@ def _device(platform: str) -> "Device":
     return pipeline.device_of("cuda", 0) if platform == "gpu" else pipeline.device_of("cpu")
 
 
-def _implementation(config: GroupedMMConfig, platform: str) -> "Implementation":
+def implementation_of(config: GroupedMMConfig, platform: str) -> "Implementation":
+    """The dispatch table's row for ``config`` on ``platform``. Raises as `has_kernels` does."""
     device = _device(platform)
     from xmoe.kernels.dispatch import select
 
@@ -365,12 +365,11 @@ def _problem(plan: Plan) -> "pipeline.Problem":
     return _pipeline().Problem(plan.M, plan.N, plan.K, plan.G, plan.lhs_dtype, plan.rhs_dtype, plan.out_dtype)
 
 
-def _warm_up(problem: "pipeline.Problem", config: GroupedMMConfig, *, save: bool = False) -> None:
-    """Compiles and loads the kernels now, on every GPU of this process: none may compile while XLA records a graph.
-    With ``save`` those of `pipeline.save`, else those of forward and backward."""
-    warm_up = _pipeline().warm_up_save if save else _pipeline().warm_up
-    for device in jax.local_devices(backend="gpu"):
-        warm_up(problem, config, _torch().device("cuda", device.local_hardware_id))
+def _gpus(plan: Plan | ExpertsPlan) -> list[Any]:
+    """torch's devices that ``plan`` may run on, to compile and load its kernels on each of them now: none may compile
+    while XLA records a graph. There are none on a CPU."""
+    gpus = jax.local_devices(backend="gpu") if plan.platform == "gpu" else []
+    return [_torch().device("cuda", gpu.local_hardware_id) for gpu in gpus]
 
 
 def _tensor(buffer: Any) -> "torch.Tensor":

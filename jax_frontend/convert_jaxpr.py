@@ -36,10 +36,10 @@ WEIGHT_GRADIENT = "it contracts its ragged dimension, as a weight's gradient doe
 # A value that these make of a parameter is still that parameter.
 _KEEPS_NAMES = frozenset({
     "add", "all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim", "concatenate",
-    "convert_element_type", "copy", "copy_p", "device_put", "div", "dynamic_slice", "dynamic_update_slice", "gather",
-    "max", "mesh_cast", "min", "mul", "name", "neg", "optimization_barrier", "pad", "pcast", "ppermute", "psum",
-    "psum_invariant", "pvary", "reduce_precision", "reshape", "reshard", "rev", "select_n", "sharding_constraint",
-    "slice", "split", "squeeze", "stack", "sub", "transpose", "unstack",
+    "convert_element_type", "copy", "device_put", "div", "dynamic_slice", "dynamic_update_slice", "gather", "max",
+    "min", "mul", "name", "neg", "optimization_barrier", "pad", "ppermute", "psum", "psum_invariant", "pvary",
+    "reduce_precision", "reshape", "reshard", "rev", "select_n", "sharding_constraint", "slice", "split", "squeeze",
+    "stack", "sub", "transpose", "unstack",
 })  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _opened(program: Any) -> tuple[Any, Sequence[Any]]:
     return (program.jaxpr, program.consts) if hasattr(program, "consts") else (program, ())
 
 
-def programs(params: dict[str, Any]) -> Iterator[Any]:
+def _programs(params: dict[str, Any]) -> Iterator[Any]:
     """The jaxprs among an equation's parameters, alone or in tuples."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -129,7 +129,7 @@ def programs(params: dict[str, Any]) -> Iterator[Any]:
 def _concerns(eqn: Any) -> bool:
     """Whether an equation is a call, or one that the interpreter follows to a call inside it."""
     name = eqn.primitive.name
-    return name == RAGGED_DOT or (name in _RULES and any(map(_holds_calls, programs(eqn.params))))
+    return name == RAGGED_DOT or (name in _RULES and any(map(_holds_calls, _programs(eqn.params))))
 
 
 def _holds_calls(program: Any) -> bool:
@@ -140,7 +140,7 @@ def unreachable(program: Any) -> Iterator[str]:
     """The primitives, such as `custom_vjp_call`, that hold calls which are left alone."""
     for eqn in _opened(program)[0].eqns:
         name = eqn.primitive.name
-        for inner in programs(eqn.params):
+        for inner in _programs(eqn.params):
             if name in _RULES:
                 yield from unreachable(inner)
             elif any(e.primitive.name == RAGGED_DOT for e in _all_equations(inner)):
@@ -150,7 +150,7 @@ def unreachable(program: Any) -> Iterator[str]:
 def _all_equations(program: Any) -> Iterator[Any]:
     for eqn in _opened(program)[0].eqns:
         yield eqn
-        for inner in programs(eqn.params):
+        for inner in _programs(eqn.params):
             yield from _all_equations(inner)
 
 
@@ -201,7 +201,7 @@ def _flow_through(eqn: Any, given: list[Names]) -> list[Names]:
             return given
         return [NO_NAMES.union(*given)] * len(eqn.outvars)
     out = [NO_NAMES] * len(eqn.outvars)
-    for inner in programs(eqn.params):
+    for inner in _programs(eqn.params):
         jaxpr, _ = _opened(inner)
         behind = given[len(given) - len(jaxpr.invars) :]  # of cond, what follows the index
         if len(behind) == len(jaxpr.invars) and len(jaxpr.outvars) == len(out):
@@ -363,9 +363,6 @@ def _through_cond(conversion: Conversion, eqn: Any, values: list[Any], names: li
 _RULES: dict[str, Callable[[Conversion, Any, list[Any], list[Names]], Results]] = {
     RAGGED_DOT: _at_call,
     "jit": _through_jit,
-    "pjit": _through_jit,
-    "checkpoint": _through_remat,
-    "remat": _through_remat,
     "remat2": _through_remat,
     "shard_map": _through_shard_map,
     "scan": _through_scan,

@@ -9,11 +9,13 @@ to e4m3 do not saturate. Everything is traceable: the offsets stay on the device
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from xmoe.config import GroupedMMConfig
+from xmoe.jax_frontend.varying import vary_over, varying_axes
 from xmoe.operands import FORMATS, FP8_BLOCK, SCALE_BLOCKS, TOKEN_TILE, QuantizedOperand, padded_tokens
 
 Operand = QuantizedOperand[jax.Array]
@@ -177,7 +179,7 @@ Saved = tuple[jax.Array, ...]
 def forward(
     A: jax.Array, B: jax.Array, offs: jax.Array, config: GroupedMMConfig, out_dtype: str, *, save_tokens: bool
 ) -> tuple[jax.Array, Saved]:
-    """out [M, N] = A_g @ B_g under ``config``, and, with ``save_tokens``, what `backward` needs of A (else ``()``)."""
+    """out [M, N] = A_g @ B_g under ``config``, and, with ``save_tokens``, what `wgrad` needs of A (else ``()``)."""
     fmt = config.format
     if fmt == "bf16":
         out = grouped_mm_bf16(A, B, offs, out_dtype)
@@ -355,7 +357,11 @@ class _Tiles:
 
 
 def _for_each_row_tile(
-    product: Callable[..., jax.Array], a: Operand | jax.Array, weights: jax.Array, offs: jax.Array, out_dtype
+    product: Callable[..., jax.Array],
+    a: Operand | jax.Array,
+    weights: jax.Array,
+    offs: jax.Array,
+    out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """out [M, P] of ``product(tile of a's rows, group) -> float32 [TOKEN_TILE, P]``; ``weights`` is [G, P, C].
 
@@ -426,13 +432,6 @@ def _dot_last(x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def varying_axes(*arrays: jax.Array) -> frozenset[str]:
-    """The axes of the enclosing `shard_map`'s mesh over which an array of these varies; none if check_vma=False."""
-    return frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
-
-
-def _zeros_varying_like(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *trees) -> jax.Array:
+def _zeros_varying_like(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *trees: Any) -> jax.Array:
     """Zeros that a loop over ``trees`` can start from: its carry has to vary over their mesh axes from the start."""
-    axes = varying_axes(*jax.tree.leaves(trees))
-    zeros = jnp.zeros(shape, dtype)
-    return jax.lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
+    return vary_over(varying_axes(*jax.tree.leaves(trees)), jnp.zeros(shape, dtype))

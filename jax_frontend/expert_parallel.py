@@ -25,7 +25,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +33,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmoe.fqn import dotted
-from xmoe.jax_frontend.emulation import varying_axes
-from xmoe.jax_frontend.exchange import Axis, slices
+from xmoe.jax_frontend.exchange import Axis, Collective, slices
 from xmoe.jax_frontend.exchange import exchange as exchange_rows
 from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.permute import combine, permute_tokens, take
 from xmoe.jax_frontend.plan import platform
+from xmoe.jax_frontend.varying import vary_over, varying_axes
 
 Exchange = Literal["ragged_all_to_all", "all_to_all", "all_gather"]
-EXCHANGES = ("ragged_all_to_all", "all_to_all", "all_gather")
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 
 Experts = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 """(rows, group_sizes, order) -> rows sorted by expert, with the meanings of `swiglu_experts`; ``order`` may be None."""
@@ -105,26 +105,31 @@ def parallel_experts(
     chosen, counts = (asked, counts) if room == devices * slots else _cut(asked, counts, room, axis)
     dropped = ((asked < num_experts) & (chosen == num_experts)).sum() / jnp.float32(max(1, slots))
 
-    counts = counts.reshape(devices, devices, -1)  # [sender, receiver, its experts]
-    if method == "all_gather":
-        y = _by_all_gather(experts, x, chosen, scores, counts, room, axis)
-    else:
-        y = _by_all_to_all(experts, x, chosen, scores, counts, room, axis, method)
+    routed = _Routed(x, chosen, scores, counts.reshape(devices, devices, -1), room, axis)
+    y = _by_all_gather(experts, routed) if method == "all_gather" else _by_all_to_all(experts, routed, method)
     if tensor_axis is not None:
         y, dropped = jax.lax.psum(y, tensor_axis), jax.lax.pmean(dropped, tensor_axis)
     return Applied(y, dropped)
 
 
-def _by_all_to_all(
-    experts: Experts,
-    x: jax.Array,
-    chosen: jax.Array,
-    scores: jax.Array,
-    counts: jax.Array,
-    room: int,
-    axis: Axis,
-    collective: Literal["ragged_all_to_all", "all_to_all"],
-) -> jax.Array:
+class _Routed(NamedTuple):
+    """This device's tokens, and where they and those of the others go."""
+
+    x: jax.Array
+    """[T, D]."""
+    chosen: jax.Array
+    """int32 [M]: the expert of each slot, E of one that goes nowhere."""
+    scores: jax.Array
+    """float32 [T, k]."""
+    counts: jax.Array
+    """int32 [P, P, G], sender, receiver and its experts: the slots that go there. The same on every device."""
+    room: int
+    """The rows that a device has room for."""
+    axis: Axis
+
+
+def _by_all_to_all(experts: Experts, routed: _Routed, collective: Collective) -> jax.Array:
+    x, chosen, scores, counts, room, axis = routed
     order = jnp.argsort(chosen, stable=True)  # by expert, so by device; those that go nowhere last
     outgoing, incoming = slices(counts.sum(axis=2), axis)
     rows = permute_tokens(x, order)
@@ -138,15 +143,8 @@ def _by_all_to_all(
     return combine(out, scores, order)
 
 
-def _by_all_gather(
-    experts: Experts,
-    x: jax.Array,
-    chosen: jax.Array,
-    scores: jax.Array,
-    counts: jax.Array,
-    room: int,
-    axis: Axis,
-) -> jax.Array:
+def _by_all_gather(experts: Experts, routed: _Routed) -> jax.Array:
+    x, chosen, scores, counts, room, axis = routed
     me, local = jax.lax.axis_index(axis), counts.shape[2]
     x, chosen, scores = (jax.lax.all_gather(a, axis, tiled=True) for a in (x, chosen, scores))
     owner = chosen - me * local
@@ -368,11 +366,8 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     from xmoe.jax_frontend.moe import MoE
 
     if not isinstance(moe, MoE):
-        inside = (
-            []
-            if not isinstance(moe, nnx.Module)
-            else [dotted(p) for p, m in nnx.iter_modules(moe) if isinstance(m, MoE)]
-        )
+        modules = nnx.iter_modules(moe) if isinstance(moe, nnx.Module) else ()
+        inside = [dotted(path) for path, module in modules if isinstance(module, MoE)]
         found = f"; give each of its MoE layers: {', '.join(inside)}" if inside else ", which has no MoE layer in it"
         raise ValueError(f"moe is a {type(moe).__name__}, not a xmoe.jax_frontend.MoE{found}")
     if not isinstance(mesh, Mesh):
@@ -433,6 +428,4 @@ def _check_tokens(x: jax.Array, chosen: jax.Array, scores: jax.Array) -> None:
 
 def _vary_over(axis: Axis, x: jax.Array) -> jax.Array:
     """x, varying over ``axis``; as it is where `shard_map` does not keep track (check_vma=False)."""
-    tracked = varying_axes(jax.lax.axis_index(axis))
-    missing = tuple(tracked - varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    return vary_over(varying_axes(jax.lax.axis_index(axis)), x)

@@ -17,7 +17,8 @@ from xmoe.jax_frontend.autodiff import named, once_differentiable
 from xmoe.jax_frontend.permute import permute_tokens, sum_slots
 from xmoe.jax_frontend.plan import ExpertsPlan, make_experts_plan
 from xmoe.jax_frontend.ragged_dot import backward as gemm_backward
-from xmoe.jax_frontend.ragged_dot import call_op, ragged_dot, report_bad_sizes, vary_together
+from xmoe.jax_frontend.ragged_dot import call_op, ragged_dot, report_bad_sizes
+from xmoe.jax_frontend.varying import vary_together
 from xmoe.operands import whole_blocks
 
 

@@ -84,25 +84,29 @@ class FlaxLearner:
     def _step(
         self, parameters: Parameters, moments: optax.OptState, tokens: jax.Array, learning_rate: jax.Array
     ) -> tuple[Parameters, optax.OptState, jax.Array]:
-        def objective(parameters: Parameters) -> tuple[jax.Array, jax.Array]:
-            loss, load_balance_loss = self._losses(parameters, tokens)
-            return loss + self._config.load_balance * load_balance_loss, loss
-
-        gradients, loss = jax.grad(objective, has_aux=True)(parameters)
-        updates, moments = self._optimizer.update(gradients, moments, parameters)
-        parameters = jax.tree.map(lambda p, update: p - learning_rate * update, parameters, updates)
-        return parameters, moments, loss
+        gradients, loss = jax.grad(self._objective, has_aux=True)(parameters, tokens)
+        return *self._updated(parameters, moments, gradients, learning_rate), loss
 
     @partial(jax.jit, static_argnums=0)
     def _loss(self, parameters: Parameters, tokens: jax.Array) -> jax.Array:
-        return self._losses(parameters, tokens)[0]
+        return self._objective(parameters, tokens)[1]
 
-    def _losses(self, parameters: Parameters, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The batch's cross-entropy and load-balance loss, both float32 scalars."""
-        state = nnx.from_flat_state([(path, parameters[name]) for name, path in self._paths.items()])
-        logits, load_balance_loss = nnx.merge(self._graph, state)(tokens[:, :-1])
+    def _objective(self, parameters: Parameters, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(what is minimised, the batch's cross-entropy)``, float32 scalars."""
+        logits, load_balance_loss = self._model(parameters)(tokens[:, :-1])
         labels = jax.nn.one_hot(tokens[:, 1:], VOCABULARY)  # the gradient of integer labels scatters
-        return optax.softmax_cross_entropy(logits, labels).mean(), load_balance_loss
+        loss = optax.softmax_cross_entropy(logits, labels).mean()
+        return loss + self._config.load_balance * load_balance_loss, loss
+
+    def _model(self, parameters: Parameters) -> Transformer:
+        state = nnx.from_flat_state([(path, parameters[name]) for name, path in self._paths.items()])
+        return nnx.merge(self._graph, state)
+
+    def _updated(
+        self, parameters: Parameters, moments: optax.OptState, gradients: Parameters, learning_rate: jax.Array
+    ) -> tuple[Parameters, optax.OptState]:
+        updates, moments = self._optimizer.update(gradients, moments, parameters)
+        return jax.tree.map(lambda p, update: p - learning_rate * update, parameters, updates), moments
 
 
 make_learner = FlaxLearner

@@ -136,14 +136,19 @@ class MoE(nn.Module):
         return y, routing.load_balance_loss
 
 
-class _Router(nn.Module):
+class _Layer(nn.Module):
+    """How a part of the layer makes its weights: arguments of `MoE`."""
+
+    kernel_init: Initializer | None
+    axis_names: AxisNames | None
+    param_dtype: Any
+
+
+class _Router(_Layer):
     """``weight`` [E, D] and the variable ``bias`` [E]."""
 
     dim: int
     num_experts: int
-    kernel_init: Initializer | None
-    axis_names: AxisNames | None
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, with_bias: bool) -> tuple[jax.Array, nn.Variable[jax.Array] | None]:
@@ -153,16 +158,13 @@ class _Router(nn.Module):
         return weight, self.variable(ROUTER_STATS, "bias", jnp.zeros, (self.num_experts,), jnp.float32)
 
 
-class _Experts(nn.Module):
+class _Experts(_Layer):
     """``w1``, and if they are gated ``w3``, [E, H, D] and ``w2`` [E, D, H]."""
 
     dim: int
     hidden_dim: int
     num_experts: int
     activation: Activation
-    kernel_init: Initializer | None
-    axis_names: AxisNames | None
-    param_dtype: Any
 
     @nn.compact
     def __call__(self) -> Weights:
@@ -172,33 +174,28 @@ class _Experts(nn.Module):
         return _weights(weight, self.dim, self.hidden_dim, self.activation)
 
 
-class _FeedForward(nn.Module):
+class _FeedForward(_Layer):
     """``w1.weight``, and if it is gated ``w3.weight``, [H, D] and ``w2.weight`` [D, H]."""
 
     dim: int
     hidden_dim: int
     activation: Activation
-    kernel_init: Initializer | None
-    axis_names: AxisNames | None
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def weight(name: str, *shape: int) -> jax.Array:
-            return _Weight(f"shared.{name}", shape, self.kernel_init, self.axis_names, self.param_dtype, name=name)()
+            made = self.kernel_init, self.axis_names, self.param_dtype
+            return _Weight(*made, full_name=f"shared.{name}", shape=shape, name=name)()
 
         weights = _weights(weight, self.dim, self.hidden_dim, self.activation)
         return functional.feed_forward(x, weights, self.activation)
 
 
-class _Weight(nn.Module):
+class _Weight(_Layer):
     """``weight``, of any shape, and nothing else: a linear layer's name in the tree of parameters."""
 
     full_name: str
     shape: tuple[int, ...]
-    kernel_init: Initializer | None
-    axis_names: AxisNames | None
-    param_dtype: Any
 
     @nn.compact
     def __call__(self) -> jax.Array:
@@ -211,9 +208,10 @@ def _weights(weight: Callable[..., jax.Array], dim: int, hidden_dim: int, activa
     return Weights(w1, w2, weight("w3", hidden_dim, dim) if activation in functional.GATED else None)
 
 
-def _param(module: Any, name: str, full_name: str, shape: tuple[int, ...]) -> jax.Array:
-    """Of ``module``, with its initializer and, by ``full_name``, logical axis names."""
-    init, axes = functional.weight_init(module.kernel_init), functional.axes_of(full_name, module.axis_names)
+def _param(layer: _Layer, name: str, full_name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Of ``layer``, with its initializer and, by ``full_name``, logical axis names."""
+    init: Any = functional.weight_init(layer.kernel_init)  # of arrays, or boxes that `param` opens
+    axes = functional.axes_of(full_name, layer.axis_names)
     if axes is not None:
         init = nn.with_logical_partitioning(init, axes)
-    return module.param(name, init, shape, module.param_dtype)
+    return layer.param(name, init, shape, layer.param_dtype)

@@ -50,12 +50,12 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         B, S, D = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(B, S, 3, self.heads, D // self.heads), 2, 0)
-        attended = jax.nn.dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
+        attended = jax.nn.dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.out(attended.reshape(B, S, D))
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn each pair (x[i], x[i + half]) of a head [B, S, heads, width] by its position's angle, in float32."""
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns each pair (x[i], x[i + half]) of a head [B, S, heads, width] by its position's angle, in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)

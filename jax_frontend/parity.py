@@ -41,7 +41,7 @@ class JaxSystem:
         self._engine: Engine = "jax" if name == "jax" else "bridge"
         self.runs = f"jax on {device.platform}"
         if self._engine == "bridge":
-            self._layout = bridge._implementation(config, device.platform)
+            self._layout = bridge.implementation_of(config, device.platform)
             self.runs = f"{self._layout.name} on {'cuda' if device.platform == 'gpu' else device.platform}"
 
     def operands(self, inputs: Gemm) -> Operands:

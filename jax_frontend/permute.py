@@ -83,7 +83,7 @@ def take(k: int, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Arra
     return x[index // k]
 
 
-take = jax.custom_vjp(take, nondiff_argnums=(0,))
+take = jax.custom_vjp(take, nondiff_argnums=(0,))  # no decorator: with that type checkers lose what `take` returns
 take.defvjp(_take_fwd, _take_bwd)
 
 

@@ -15,9 +15,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from xmoe.jax_frontend import bridge, emulation
 from xmoe.jax_frontend.autodiff import named, once_differentiable
-from xmoe.jax_frontend.emulation import Saved, varying_axes
+from xmoe.jax_frontend.emulation import Saved
 from xmoe.jax_frontend.permute import rotate_rows
 from xmoe.jax_frontend.plan import Plan, make_plan
+from xmoe.jax_frontend.varying import vary_together
 
 _log = logging.getLogger(__name__)
 
@@ -192,16 +193,6 @@ def call_op(op: Callable[..., Any], plan: Any, *arrays: jax.Array) -> Any:
     if any(type(x).__name__ == "ShardMapTracer" for x in arrays):
         return jax.jit(op, static_argnums=0)(plan, *arrays)
     return op(plan, *arrays)
-
-
-def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside `shard_map` with ``check_vma``: all of them vary over the axes that any of them varies over.
-
-    The transpose of that cast is the sum over those axes which the gradient of a replicated operand needs.
-    """
-    axes = varying_axes(*arrays)
-    missing = (tuple(axes - varying_axes(x)) for x in arrays)
-    return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
 
 
 def report_bad_sizes(M: int, group_sizes: Any) -> None:

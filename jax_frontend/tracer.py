@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from xmoe.fqn import dotted
 from xmoe.jax_frontend.learner import FlaxLearner, Parameters
-from xmoe.jax_frontend.model import _rotate
+from xmoe.jax_frontend.model import Transformer, rotate
 from xmoe.parity.trace import ROTATION, SOFTMAX, Inputs, Trace
 
 Recorded = dict[str, tuple[tuple[jax.Array, ...], jax.Array]]
@@ -36,7 +35,7 @@ class FlaxTracer:
             excess: jax.jit(self._replay, compiler_options={"xla_allow_excess_precision": excess})
             for excess in (True, False)
         }
-        self._update_step = jax.jit(self._updated)
+        self._update_step = jax.jit(lambda *given: learner._updated(*given)[0])
 
     def trace(self, tokens: np.ndarray, *, gradients: bool = False) -> Trace:
         parameters, found = self.learner._parameters, {}
@@ -61,10 +60,6 @@ class FlaxTracer:
         found = self._update_step(learner._parameters, learner._moments, dict(gradients), np.float32(learning_rate))
         return {name: np.asarray(parameter) for name, parameter in found.items()}
 
-    def _model(self, parameters: Parameters) -> nnx.Module:
-        state = nnx.from_flat_state([(path, parameters[name]) for name, path in self.learner._paths.items()])
-        return nnx.merge(self.learner._graph, state)
-
     def _recorded_losses(self, parameters: Parameters, tokens: jax.Array) -> tuple[jax.Array, Recorded]:
         return self._objective(parameters, tokens)[1]
 
@@ -72,28 +67,22 @@ class FlaxTracer:
         return jax.grad(lambda p: self._objective(p, tokens), has_aux=True)(parameters)
 
     def _objective(self, parameters: Parameters, tokens: jax.Array) -> Any:
-        """As `FlaxLearner._step` has it; ``(objective, (loss, what the modules did))``."""
-        with recording(type(self._model(parameters))) as recorded:
-            loss, load_balance_loss = self.learner._losses(parameters, tokens)
+        """``(objective, (loss, what the modules did))``, the former two the learner's."""
+        with recording(Transformer) as recorded:
+            objective, loss = self.learner._objective(parameters, tokens)
         self._names = [*recorded]
-        return loss + self.learner._config.load_balance * load_balance_loss, (loss, recorded)
+        return objective, (loss, recorded)
 
     def _replay(self, parameters: Parameters, inputs: Inputs) -> dict[str, jax.Array]:
-        modules = {dotted(path): module for path, module in nnx.iter_modules(self._model(parameters))}
+        modules = {dotted(path): module for path, module in nnx.iter_modules(self.learner._model(parameters))}
         found = {name: _first(modules[name](*arrays)) for name, arrays in inputs.items() if name in modules}
         for name, arrays in inputs.items():
             if name.endswith(ROTATION):
                 q, k, cos, sin = arrays
-                found[name] = jnp.stack([_rotate(q, cos, sin), _rotate(k, cos, sin)])
+                found[name] = jnp.stack([rotate(q, cos, sin), rotate(k, cos, sin)])
             elif name.endswith(SOFTMAX):
                 found[name] = jax.nn.dot_product_attention(*arrays, is_causal=True)
         return found
-
-    def _updated(
-        self, parameters: Parameters, moments: optax.OptState, gradients: Parameters, learning_rate: jax.Array
-    ) -> Parameters:
-        updates, _ = self.learner._optimizer.update(gradients, moments, parameters)
-        return jax.tree.map(lambda p, update: p - learning_rate * update, parameters, updates)
 
 
 @contextmanager

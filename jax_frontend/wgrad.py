@@ -13,7 +13,8 @@ from jax.custom_derivatives import SymbolicZero
 from xmoe.jax_frontend import bridge, emulation
 from xmoe.jax_frontend.autodiff import once_differentiable
 from xmoe.jax_frontend.plan import Plan, make_wgrad_plan
-from xmoe.jax_frontend.ragged_dot import backward, call_op, forward, report_bad_sizes, vary_together
+from xmoe.jax_frontend.ragged_dot import backward, call_op, forward, report_bad_sizes
+from xmoe.jax_frontend.varying import vary_together
 
 
 def ragged_dot_wgrad(

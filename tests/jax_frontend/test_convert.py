@@ -1,152 +1,30 @@
-"""`quantize`: a model's `jax.lax.ragged_dot` calls give the bits of `xmoe.jax_frontend.ragged_dot`, and nothing else.
+"""`quantize` on functions: a call of `jax.lax.ragged_dot` gives the bits of `xmoe.jax_frontend.ragged_dot`."""
 
-`RoutedMoE` (NNX) and `LinenMoE` have the structure of MaxText's routed experts: tokens are sorted by expert, three
-grouped GEMMs with kernels wi_0, wi_1 [E, D, H] and wo [E, H, D] cast to the layer's dtype, and the way back. Both take
-the grouped GEMM from the module's global `grouped_dot`, which a test replaces for the reference.
-"""
-
-import copy
 import functools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from tests.jax_frontend.conversions import LOGGER, RECIPE, D, E, LinenMoE, RoutedMoE, equal, grouped_dot
+from tests.jax_frontend.conversions import _compiled_quickly as _compiled_quickly
+from tests.jax_frontend.conversions import reference as reference
+from tests.jax_frontend.conversions import x as x
 from xmoe import FqnToConfig, MXFP8GroupedMMConfig
-from xmoe.jax_frontend import from_qwix_rules, quantize, ragged_dot
-
-T, D, H, E, K = 12, 32, 48, 4, 2
-RECIPE = "fp8_rowwise"
-LOGGER = "xmoe.jax_frontend.convert"
-
-grouped_dot: Callable[..., jax.Array] = lax.ragged_dot  # bound at import: no patch of jax.lax would reach it
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly() -> Iterator[None]:
-    """Both sides of each comparison are compiled alike; XLA's optimizations are most of the time otherwise."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+from xmoe.jax_frontend import quantize, ragged_dot
 
 
 @functools.cache
 def one_dot(config: Any = RECIPE) -> Callable[..., jax.Array]:
     """`ragged_dot` on SIZES, compiled once."""
     return jax.jit(lambda x, w: ragged_dot(x, w, SIZES, config=config))
-
-
-@pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``reference(run, config)``: what ``run()`` gives where the model calls `xmoe.jax_frontend.ragged_dot` itself."""
-
-    def of(run: Callable[[], Any], config: Any = RECIPE) -> Any:
-        with monkeypatch.context() as patched:
-            patched.setitem(globals(), "grouped_dot", functools.partial(ragged_dot, config=config))
-            return run()
-
-    return of
-
-
-def equal(a: Any, b: Any) -> None:
-    """The same bits everywhere."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert jnp.result_type(x) == jnp.result_type(y)
-        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
-
-
-def experts(x: jax.Array, router: jax.Array, wi_0: Any, wi_1: Any, wo: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """[T, D] -> [T, D] and the tokens of each expert."""
-    weights, chosen = lax.top_k(jax.nn.softmax(x @ router), K)
-    slots = jnp.argsort(chosen.reshape(-1))
-    sizes = jnp.bincount(chosen.reshape(-1), length=E)
-    rows = x[slots // K].astype(dtype)
-    wi_0, wi_1, wo = (jnp.asarray(w, dtype) for w in (wi_0, wi_1, wo))
-
-    def gmm(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return grouped_dot(lhs, rhs, sizes, preferred_element_type=dtype)
-
-    hidden = jax.nn.silu(gmm(rows, wi_0)) * gmm(rows, wi_1)
-    back = gmm(hidden, wo)[jnp.argsort(slots)].reshape(-1, K, D)
-    return jnp.einsum("tkd,tk->td", back, weights.astype(dtype)).astype(x.dtype), sizes
-
-
-class RoutedMoE(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
-        init = nnx.initializers.lecun_normal(batch_axis=0)
-        self.gate = nnx.Linear(D, E, use_bias=False, rngs=rngs)
-        self.wi_0 = nnx.Param(init(rngs.params(), (E, D, H)))
-        self.wi_1 = nnx.Param(init(rngs.params(), (E, D, H)))
-        self.wo = nnx.Param(init(rngs.params(), (E, H, D)))
-        self.seen = nnx.BatchStat(jnp.zeros(E, jnp.int32))
-        self.dtype = dtype
-
-    def __call__(self, x: jax.Array, count: bool = True) -> jax.Array:
-        y, sizes = experts(x, self.gate.kernel[...], self.wi_0[...], self.wi_1[...], self.wo[...], self.dtype)
-        if count:
-            self.seen[...] = self.seen[...] + sizes
-        return y
-
-
-class Model(nnx.Module):
-    """Two layers, residual; the second under remat."""
-
-    def __init__(self, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
-        self.layers = nnx.List([RoutedMoE(rngs, dtype), RoutedMoE(rngs, dtype)])
-        self.calls = 0
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.calls += 1
-        x = x + self.layers[0](x)
-        return x + nnx.remat(lambda layer, x: layer(x))(self.layers[1], x)
-
-
-class LinenMoE(nn.Module):
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, count: bool = True) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(batch_axis=0), ("exp", "in", "out"))
-        wi_0, wi_1 = (self.param(f"wi_{i}", init, (E, D, H)) for i in range(2))
-        wo = self.param("wo", init, (E, H, D))
-        router = self.param("router", nn.initializers.lecun_normal(), (D, E))
-        y, sizes = experts(x, router, wi_0, wi_1, wo, self.dtype)
-        if count:
-            self.sow("intermediates", "sizes", sizes)
-        return x + y
-
-
-class LinenModel(nn.Module):
-    """Two layers: scanned with remat, so each parameter is a stack."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        block = nn.remat(LinenMoE, static_argnums=(2,))
-        stack = nn.scan(
-            lambda layer, carry, _: (layer(carry, False), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            metadata_params={nn.PARTITION_NAME: "layers"},
-            length=2,
-        )
-        return nn.Dense(8)(stack(block(name="moe"), x, None)[0])
-
-
-@pytest.fixture(scope="module")
-def x() -> jax.Array:
-    return jax.random.normal(jax.random.key(1), (T, D))
 
 
 @pytest.fixture(scope="module")
@@ -427,122 +305,3 @@ def test_warnings_are_given_once(x: Any, weights: Any, caplog: pytest.LogCapture
         "quantize: left alone: calls inside custom_vjp_call, whose derivative is not made of its calls",
         "quantize: no weight of a ragged_dot matches 'typo'",
     ]
-
-
-# ----------------------------------------------------------------------------------------------------------------- NNX
-
-
-@pytest.fixture
-def model() -> Model:
-    return Model(nnx.Rngs(0))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_nnx_training_step(dtype: Any, x: Any, reference: Any) -> None:
-    """nnx.jit around nnx.grad, with state that the forward writes."""
-    config = RECIPE if dtype == jnp.bfloat16 else "bf16"
-
-    def step(convert: Callable[[Any], Any]) -> Any:
-        model = convert(Model(nnx.Rngs(0), dtype))
-        run = nnx.jit(nnx.value_and_grad(lambda model: jnp.square(model(x)).mean()))
-        loss, gradients = run(model)
-        return loss, nnx.to_pure_dict(gradients), nnx.to_pure_dict(nnx.state(model)), model.calls
-
-    equal(step(lambda model: quantize(model, config)), reference(lambda: step(lambda model: model), config))
-
-
-def test_nnx_modules_are_what_they_were(model: Model, x: Any) -> None:
-    quantized = quantize(model, FqnToConfig({"layers.0": "bf16"}))
-    assert isinstance(quantized, Model)
-    assert type(quantized).__name__ == "Model"
-    assert type(quantized).__qualname__ == Model.__qualname__
-    assert quantized.layers is model.layers, "variables are shared"
-    assert jax.tree.structure(nnx.state(quantized)) == jax.tree.structure(nnx.state(model))
-    graphdef, state = nnx.split(quantized)
-    assert nnx.graphdef(quantize(model, FqnToConfig({"layers.0": "bf16"}))) == graphdef, "nnx.jit knows it again"
-    again = nnx.merge(graphdef, state)
-    y = nnx.jit(lambda m: m(x))(again)
-    assert not jnp.array_equal(y, nnx.jit(lambda m: m(x))(model)), "it is still quantized"
-    equal(jax.jit(lambda state: nnx.merge(graphdef, state)(x))(state), y)
-    assert type(quantize(quantized, RECIPE)).__mro__[1] is Model, "converting again replaces the config"
-    assert type(copy.deepcopy(quantized)) is type(quantized)
-
-
-def test_nnx_names_and_state(model: Model, x: Any, caplog: pytest.LogCaptureFixture) -> None:
-    quantized = quantize(model, FqnToConfig({"layers.1": "bf16", "re:.*wo": RECIPE}))
-    with caplog.at_level(logging.INFO, logger=LOGGER):
-        nnx.jit(lambda model, x: model(x))(quantized, x)
-    table = caplog.records[-1].getMessage().splitlines()
-    assert table[0] == "quantize: 4 of 6 ragged_dot calls"
-    assert [line.split()[0] for line in table[2:]] == ["layers.0.wo", "layers.1.wi_0", "layers.1.wi_1", "layers.1.wo"]
-    assert model.layers[0].seen[...].sum() == T * K
-    assert quantized.calls == 1
-
-
-def test_nnx_module_that_a_trace_only_reads(x: Any) -> None:
-    """A module that is closed over may be called, where it writes nothing."""
-    quantized = quantize(RoutedMoE(nnx.Rngs(0)), "bf16")
-    equal(jax.jit(lambda x: quantized(x, count=False))(x), nnx.jit(lambda model, x: model(x))(quantized, x))
-
-
-def test_nnx_function_with_a_module_among_its_arguments(model: Model, x: Any, reference: Any) -> None:
-    loss = lambda model, x: jnp.square(model(x)).mean()  # noqa: E731
-    quantized = nnx.value_and_grad(quantize(loss, FqnToConfig({"layers": "bf16"})))
-    value, gradients = nnx.jit(quantized)(model, x)
-    assert model.layers[0].seen[...].sum() == T * K
-    plain = nnx.jit(nnx.value_and_grad(lambda model, x: loss(model, x)))
-    expected = reference(lambda: plain(Model(nnx.Rngs(0)), x), "bf16")
-    equal((value, nnx.to_pure_dict(gradients)), (expected[0], nnx.to_pure_dict(expected[1])))
-
-
-# --------------------------------------------------------------------------------------------------------------- Linen
-
-
-def test_linen_scanned_and_rematerialised(x: Any, reference: Any) -> None:
-    plain = LinenModel()
-    quantized = quantize(plain, FqnToConfig({"moe": "bf16"}))
-    variables = jax.jit(quantized.init)(jax.random.key(0), x)
-    equal(variables, jax.jit(plain.init)(jax.random.key(0), x))
-
-    def run(model: Any) -> Any:
-        return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, x)).mean()))(variables)
-
-    equal(run(quantized), reference(lambda: run(plain), "bf16"))
-
-
-def test_linen_bf16_metrics_and_names(x: Any, reference: Any, caplog: pytest.LogCaptureFixture) -> None:
-    plain = LinenMoE(jnp.bfloat16)
-    quantized = quantize(plain, FqnToConfig({"re:wi_.": RECIPE, "_default": RECIPE}))
-    assert isinstance(quantized, LinenMoE)
-    assert type(quantized).__name__ == "LinenMoE"
-    variables = jax.jit(lambda key: quantized.init(key, x, count=False))(jax.random.key(0))
-    run = lambda model: jax.jit(lambda v: model.apply(v, x, count=True, mutable=["intermediates"]))(variables)  # noqa: E731
-    with caplog.at_level(logging.INFO, logger=LOGGER):
-        got = run(quantized)
-    equal(got, reference(lambda: run(plain)))
-    assert [line.split()[0] for line in caplog.records[-1].getMessage().splitlines()[2:]] == ["wi_0", "wi_1", "wo"]
-
-
-def test_linen_inside_another_module_and_bound(x: Any) -> None:
-    class Outer(nn.Module):
-        inner: nn.Module
-
-        @nn.compact
-        def __call__(self, x: Any) -> Any:
-            return self.inner(x, count=False)
-
-    inner = quantize(LinenMoE(), "bf16")
-    variables = jax.jit(Outer(inner).init)(jax.random.key(0), x)
-    own = {"params": variables["params"]["inner"]}
-    expected = jax.jit(lambda v: inner.apply(v, x, count=False))(own)
-    equal(jax.jit(Outer(inner).apply)(variables, x), expected)
-    equal(jax.jit(lambda v: inner.bind(v)(x, count=False))(own), expected)
-    assert not jnp.array_equal(jax.jit(Outer(LinenMoE()).apply)(variables, x), expected)
-
-
-def test_qwix_rules_on_a_model(model: Model, x: Any, caplog: pytest.LogCaptureFixture) -> None:
-    types = dict.fromkeys(("weight_qtype", "act_qtype", "bwd_qtype"), "float8_e4m3fn")
-    rules = from_qwix_rules([SimpleNamespace(module_path="layers/1", op_names=("ragged_dot",), **types)])
-    with caplog.at_level(logging.INFO, logger=LOGGER):
-        nnx.eval_shape(lambda model: model(x), quantize(model, rules))
-    assert "3 of 6" in caplog.records[-1].getMessage()

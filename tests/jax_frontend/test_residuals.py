@@ -87,7 +87,9 @@ def test_command_buffer_is_the_configs_choice(command_buffer: bool, monkeypatch:
     config = FP8GroupedMMConfig(command_buffer=command_buffer)
     for preference, recordable in (("auto", command_buffer), ("torch", False), ("emulated", False)):
         chosen = dataclasses.replace(config, kernel_preference=preference)
-        monkeypatch.setattr(bridge, "_implementation", lambda config, platform: select(config, Device("cuda", (9, 0))))
+        monkeypatch.setattr(
+            bridge, "implementation_of", lambda config, platform: select(config, Device("cuda", (9, 0)))
+        )
         plan = make_plan(A, B, SIZES, None, FP8GroupedMMConfig(), False, "bridge")
         plan = dataclasses.replace(plan, config=chosen)
         for cached in (bridge._forward_call, bridge._save_call, bridge._backward_call):

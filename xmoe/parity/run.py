@@ -1,7 +1,7 @@
 """Every implementation on the same inputs, pair by pair."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ def compare_systems(recipe: str, systems: Sequence[System], cases: Sequence[Case
     """The quantized operands first, then the results. A system that raises ends the comparison with its exception."""
     findings: dict[tuple[Any, ...], Finding] = {}
     computations: tuple[tuple[What, Callable[[System, Gemm], dict[str, Any]]], ...] = (
-        ("operands", lambda system, inputs: dict(_arrays(system.operands(inputs)))),
+        ("operands", lambda system, inputs: arrays_of(system.operands(inputs))),
         ("results", lambda system, inputs: system.results(inputs)),
     )
     for what, compute in computations:
@@ -112,7 +112,9 @@ def compare_systems(recipe: str, systems: Sequence[System], cases: Sequence[Case
     return list(findings.values())
 
 
-def _arrays(operands: dict[str, QuantizedOperand[Any]]) -> Iterator[tuple[str, Any]]:
+def arrays_of(operands: dict[str, QuantizedOperand[Any]]) -> dict[str, Any]:
+    """The data and scale of each operand: "A rows data", "A rows scale"."""
+    found = {}
     for name, operand in operands.items():
-        yield f"{name} data", operand.data
-        yield f"{name} scale", operand.scale
+        found |= {f"{name} data": operand.data, f"{name} scale": operand.scale}
+    return found

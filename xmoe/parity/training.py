@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from xmoe.config import GroupedMMConfig
+from xmoe.parity.run import arrays_of
 from xmoe.parity.systems import find_systems
 from xmoe.parity.trace import EXPERTS, Array, Replayer, Trace, Tracer
 from xmoe.testing import Comparison, Gemm, compare
@@ -204,6 +205,5 @@ def compare_operands(
 def _operands(systems: list[Any], inputs: Gemm) -> dict[str, Array]:
     found = {}
     for system in systems:
-        for name, operand in system.operands(inputs).items():
-            found |= {f"{name} data": operand.data, f"{name} scale": operand.scale}
+        found |= arrays_of(system.operands(inputs))
     return found

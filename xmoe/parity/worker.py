@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xmoe.environment import JAX_ENVIRONMENT, worker_environment
 from xmoe.parity import report, run
 from xmoe.parity.systems import missing
 from xmoe.train.files import UserError, require, write_atomically
-
-JAX_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
-"""JAX takes memory as it needs it: three quarters of the GPU at once would leave little to torch, which shares it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +69,6 @@ def make_options(
 
 def start(options: Options) -> int:
     """Run the comparison in a process of its own; its exit status."""
-    from xmoe.train.run import worker_environment
-
     command = [sys.executable, "-m", "xmoe.parity.worker"]
     environment = {**JAX_ENVIRONMENT, **worker_environment()}
     done = subprocess.run(command, input=json.dumps(asdict(options)), text=True, env=environment)
