@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xmoe.jax_frontend.emulation import varying_axes
+from xmoe.jax_frontend.varying import vary_over, vary_together, varying_axes
 
 Axis = str | tuple[str, ...]
 Collective = Literal["ragged_all_to_all", "all_to_all"]
@@ -57,9 +57,7 @@ def _exchange(static: Static, x: jax.Array, outgoing: Slices, incoming: Slices) 
     _, size, axis, collective = static
     if collective == "all_to_all":
         return _exchange_blocks(static, x, outgoing, incoming)
-    axes = tuple(varying_axes(x))
-    zeros = jnp.zeros((size, *x.shape[1:]), x.dtype)
-    zeros = jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    zeros = vary_over(varying_axes(x), jnp.zeros((size, *x.shape[1:]), x.dtype))
     (here, sizes), (there, _), (_, received) = (
         _pieces(start, rows)
         for start, rows in (
@@ -125,7 +123,5 @@ def _rows_or_zeros(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def _vary_alike(x: jax.Array, outgoing: Slices, incoming: Slices) -> tuple[jax.Array, Slices, Slices]:
     """All of them, varying over the axes that any of them varies over."""
-    from xmoe.jax_frontend.ragged_dot import vary_together
-
     x, *parts = vary_together(x, *outgoing, *incoming)
     return x, Slices(*parts[:3]), Slices(*parts[3:])

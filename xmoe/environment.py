@@ -3,10 +3,6 @@ OpenMP read when they are loaded."""
 
 import os
 
-JAX_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
-"""Of a process with both frameworks: JAX takes memory as it needs it, because three quarters of the GPU at once, its
-default, would leave little to torch."""
-
 
 def worker_environment() -> dict[str, str]:
     """The environment of a run's process: this one's, with what makes a second run repeat the first bit by bit."""

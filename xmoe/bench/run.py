@@ -14,7 +14,6 @@ from xmoe.bench import report
 from xmoe.bench.options import Options
 from xmoe.bench.results import Results, Row, free_stem, save
 from xmoe.bench.screen import Screen, make_screen
-from xmoe.environment import JAX_ENVIRONMENT
 from xmoe.train.files import write_atomically, writing
 
 

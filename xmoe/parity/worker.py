@@ -12,10 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xmoe.environment import JAX_ENVIRONMENT, worker_environment
+from xmoe.environment import worker_environment
 from xmoe.parity import report, run
 from xmoe.parity.systems import missing
 from xmoe.train.files import UserError, require, write_atomically
+
+JAX_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+"""JAX takes memory as it needs it: three quarters of the GPU at once, its default, would leave little to torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
