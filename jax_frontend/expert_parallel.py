@@ -39,6 +39,7 @@ from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.permute import combine, permute_tokens, take
 from xmoe.jax_frontend.plan import platform
 from xmoe.jax_frontend.varying import vary_over, varying_axes
+from xmoe.operands import FEATURE_MULTIPLE
 
 Exchange = Literal["ragged_all_to_all", "all_to_all", "all_gather"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
@@ -268,17 +269,24 @@ class ExpertParallel:
             data = tuple(name for name in self.mesh.axis_names if name not in (self.axis, self.tensor_axis))
         return (*data, self.axis)
 
-    def spec(self, name: str) -> P:
-        """Of the weight called ``name``: "w2" is [E, D, H], all others ("w1", "w3") are [E, H, D]."""
-        return P(self.axis, None, self.tensor_axis) if name == "w2" else P(self.axis, self.tensor_axis)
+    def spec(self, name: str, layers: int = 0) -> P:
+        """Of the weight called ``name``: "w2" is [E, D, H], all others ("w1", "w3") are [E, H, D]. Before these come
+        ``layers`` axes, not sharded, where layers are stacked."""
+        own = (self.axis, None, self.tensor_axis) if name == "w2" else (self.axis, self.tensor_axis)
+        return P(*(None,) * layers, *own)
 
-    def check_weight(self, name: str, shape: tuple[int, ...], spec: P) -> None:
-        """Raises ValueError if the mesh does not divide a weight of ``shape``."""
-        for axis, size, sharded in zip("EDH" if name.endswith("w2") else "EHD", shape, (*spec, None), strict=False):
-            if sharded is not None and size % self.mesh.shape[sharded]:
+    def check_weight(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if the mesh does not divide a weight of ``shape``, [..., E, H, D] or [..., E, D, H]."""
+        if len(shape) < 3:
+            raise ValueError(f"{name} has shape {shape}; give the weights of all experts, three axes")
+        E, H = shape[-3], shape[-1 if name.endswith("w2") else -2]
+        for letter, size, axis, multiple in (("E", E, self.axis, 1), ("H", H, self.tensor_axis, FEATURE_MULTIPLE)):
+            devices = 1 if axis is None else self.mesh.shape[axis]
+            if size % (devices * multiple):
+                each = f", {multiple} for each of them" if multiple > 1 else ""
                 raise ValueError(
-                    f"{name} has shape {shape}: {axis}={size} is not a multiple of the {self.mesh.shape[sharded]} "
-                    f"devices of {sharded!r}; use fewer devices, or another {axis}"
+                    f"{name} has shape {shape}: {letter}={size} is not a multiple of {devices * multiple}, for the "
+                    f"{devices} devices of {axis!r}{each}; use fewer devices, or another {letter}"
                 )
 
     def apply(
@@ -301,7 +309,7 @@ class ExpertParallel:
             )
         specs = {name: self.spec(name) for name in weights}
         for name, weight in weights.items():
-            self.check_weight(name, weight.shape, specs[name])
+            self.check_weight(name, weight.shape)
         E, *others = {weight.shape[0] for weight in weights.values()}
         if others:
             raise ValueError(f"weights are of {E} and of {others[0]} experts; give all of them the same E")
@@ -355,7 +363,7 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     attribute ``parallel``, and call it under `jax.jit` or `flax.nnx.jit`. ``moe.parallel = None`` undoes it.
 
     Args:
-        moe: a `xmoe.jax_frontend.MoE`.
+        moe: a `xmoe.jax_frontend.MoE`; also several, stacked by `flax.nnx.vmap` for `flax.nnx.scan`.
         mesh, axis, options: of `ExpertParallel`.
 
     Raises:
@@ -377,8 +385,8 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     for path, variable in nnx.to_flat_state(nnx.state(moe)):
         spec = P()
         if path[0] == "experts":
-            spec = parallel.spec(str(path[-1]))
-            parallel.check_weight(".".join(map(str, path)), variable.shape, spec)
+            parallel.check_weight(dotted(path), variable.shape)
+            spec = parallel.spec(str(path[-1]), layers=variable.ndim - 3)
         variable.set_value(jax.device_put(variable[...], NamedSharding(mesh, spec)))
     moe.parallel = parallel
     return moe

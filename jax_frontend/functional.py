@@ -14,6 +14,7 @@ from xmoe.config import GroupedMMConfig, LinearConfig, as_config
 from xmoe.fqn import UNMATCHED, FqnToConfig
 from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.permute import combine, permute_tokens
+from xmoe.jax_frontend.plan import check_placement
 from xmoe.jax_frontend.ragged_dot import ragged_dot
 from xmoe.jax_frontend.router import RouterOptions, Routing, check_rate
 from xmoe.operands import FEATURE_MULTIPLE
@@ -80,6 +81,7 @@ def moe(
         raise ValueError(f"x is {x.dtype}; give floating-point tokens, x.astype(jnp.bfloat16)")
     if x.shape[-1:] != router.shape[-1:]:
         raise ValueError(f"x has shape {x.shape}; give tokens [..., dim], dim={router.shape[-1]}")
+    check_placement("jax", x=x)
     tokens = x.reshape(-1, x.shape[-1])
     inputs = tokens if dtype is None else tokens.astype(dtype)
     logits = jnp.matmul(tokens.astype(jnp.float32), router.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)

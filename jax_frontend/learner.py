@@ -94,7 +94,7 @@ class FlaxLearner:
     def _objective(self, parameters: Parameters, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``(what is minimised, the batch's cross-entropy)``, float32 scalars."""
         logits, load_balance_loss = self._model(parameters)(tokens[:, :-1])
-        labels = jax.nn.one_hot(tokens[:, 1:], VOCABULARY)  # the gradient of integer labels scatters
+        labels = jax.nn.one_hot(tokens[:, 1:], VOCABULARY, dtype=jnp.float32)  # the gradient of integer labels scatters
         loss = optax.softmax_cross_entropy(logits, labels).mean()
         return loss + self._config.load_balance * load_balance_loss, loss
 

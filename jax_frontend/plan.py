@@ -247,7 +247,8 @@ def _engine(config: GroupedMMConfig, implementation: str | None, where: str, **o
 
 def check_placement(engine: Engine, **operands: jax.Array) -> None:
     """Raises ValueError for an operand that automatic sharding splits, or, on the bridge, may split: XLA's partitioner
-    knows nothing of a callback, gathers whole operands on every device, and has each do all of the work.
+    knows nothing of a callback, gathers whole operands on every device, and has each do all of the work. And for one on
+    a mesh with Explicit axes, where plain JAX would have to say how each intermediate result is sharded.
 
     What a trace shows is an operand's mesh, with the kind of its axes: Explicit ones with what they split, Auto ones
     without. Not seen: arrays that come without a mesh, and are given one later, by ``in_shardings`` or a constraint.
@@ -256,18 +257,23 @@ def check_placement(engine: Engine, **operands: jax.Array) -> None:
     for name, array in operands.items():
         sharding: Any = getattr(jax.typeof(array), "sharding", None)
         meshes = [around] if sharding is None else [sharding.mesh, around]
+        split = [] if sharding is None else [
+            axis for part in sharding.spec for axis in (part if isinstance(part, tuple) else (part,))
+        ]  # fmt: skip
         auto = [axis for mesh in meshes for axis in _axes(mesh, AxisType.Auto)] if engine == "bridge" else []
-        explicit = []
-        if sharding is not None:
-            parts = [axis for part in sharding.spec for axis in (part if isinstance(part, tuple) else (part,))]
-            explicit = [axis for axis in _axes(sharding.mesh, AxisType.Explicit) if axis in parts]
-        if auto or explicit:
-            axes = ", ".join(map(repr, dict.fromkeys(auto + explicit)))
-            instead = "" if explicit else ", or use implementation='jax'"
-            raise ValueError(
-                f"{name} is on a mesh, sharded automatically over {axes}: xmoe works on what is local, so call the op "
-                f"inside jax.shard_map over all axes of the mesh (in_specs=P() for what every device holds){instead}"
-            )
+        explicit = [axis for mesh in meshes for axis in _axes(mesh, AxisType.Explicit)]
+        if engine == "bridge":
+            explicit = [axis for axis in explicit if axis in split]
+        automatic = "make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * n, or " if engine == "jax" else ""
+        for kind, axes, instead in (
+            ("Explicit", explicit, automatic), ("Auto", auto, "use implementation='jax', or "),
+        ):  # fmt: skip
+            if axes:
+                raise ValueError(
+                    f"{name} is on a mesh with {kind} axes: {', '.join(map(repr, dict.fromkeys(axes)))}; xmoe works on "
+                    f"what is local: {instead}call it inside jax.shard_map over all axes of the mesh (in_specs=P() for "
+                    "what every device holds)"
+                )
 
 
 def _axes(mesh: Any, kind: AxisType) -> list[str]:

@@ -135,7 +135,7 @@ class RouterOptions:
             probabilities = affinity / jnp.maximum(affinity.sum(axis=-1, keepdims=True), _TINY)
         experts = self._choose(jax.lax.stop_gradient(affinity), bias)
         # Not by indexing, whose gradient adds up in any order.
-        scores = (affinity[:, None] * jax.nn.one_hot(experts, E)).sum(axis=-1)
+        scores = (affinity[:, None] * jax.nn.one_hot(experts, E, dtype=jnp.float32)).sum(axis=-1)
         if self.normalize:
             total = scores.sum(axis=-1, keepdims=True)
             scores = scores / (total if self.score_function == "softmax" else jnp.maximum(total, _TINY))

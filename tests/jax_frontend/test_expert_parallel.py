@@ -335,7 +335,7 @@ def test_the_layer_trains_as_on_a_single_device() -> None:
 
 def halves(layer: MoE) -> MoE:
     """The layer, whose top-2 scores are all exactly 1/2: expert e and its twin e + 4 score the same."""
-    layer.router.weight[...] = jnp.tile(layer.router.weight[:4], (2, 1))
+    layer.router.weight[...] = jnp.tile(layer.router.weight[..., :4, :], (2, 1))
     return layer
 
 
@@ -449,16 +449,54 @@ def test_names_of_axes_as_a_partition_spec_takes_them() -> None:
 
 
 def test_layers_that_a_mesh_does_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"experts.w1 has shape \(6, 64, 32\): E=6 .* multiple of the 8 devices"):
+    with pytest.raises(
+        ValueError,
+        match=r"experts.w1 has shape \(6, 64, 32\): E=6 is not a multiple of 8, for the 8 devices of 'expert'; ",
+    ):
         expert_parallel(MoE(D, H, 6, k, rngs=nnx.Rngs(0)), mesh_of(MESHES["8"]))
     tensor = ExpertParallel(mesh=mesh_of({"expert": 2, "tensor": 4}), tensor_axis="tensor")
-    with pytest.raises(ValueError, match=r"experts.w2 has shape \(8, 32, 50\): H=50 is not a multiple of the 4"):
-        tensor.check_weight("experts.w2", (8, 32, 50), tensor.spec("w2"))
+    for name, shape in (("experts.w2", (8, 32, 96)), ("experts.w1", (8, 96, 32))):
+        with pytest.raises(
+            ValueError, match=rf"{name} has shape .*: H=96 is not a multiple of 64, for the 4 devices of"
+        ):
+            tensor.check_weight(name, shape)
     with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
         expert_parallel(layer(), mesh_of(MESHES["8"], AxisType.Explicit))
     explicit = ExpertParallel(mesh=mesh_of(MESHES["8"], AxisType.Explicit))
     with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
         jax.eval_shape(linen.MoE(D, H, E, k, parallel=explicit).init, jax.random.key(0), X)
+
+
+def test_stacked_layers() -> None:
+    """For a scan over layers: experts are sharded, not layers; the same bits as layers of one device."""
+    layers = 3
+
+    @nnx.vmap
+    def stack(rngs: nnx.Rngs) -> MoE:
+        return MoE(D, H, num_experts=E, top_k=2, config="bf16", rngs=rngs)
+
+    def step(moe: MoE) -> Any:
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def through(moe: MoE, x: jax.Array) -> jax.Array:
+            return x + moe(x)[0]
+
+        return nnx.value_and_grad(lambda moe: (through(moe, X) * DY).sum())(moe)
+
+    def run(mesh: jax.sharding.Mesh | None) -> Any:
+        moe = halves(stack(nnx.Rngs(0).split(layers)))
+        if mesh is not None:
+            expert_parallel(moe, mesh)
+            assert moe.experts.w1[...].sharding.spec == P(None, "expert", None)
+            assert moe.router.weight[...].sharding.is_fully_replicated
+        loss, gradients = nnx.jit(step)(moe)
+        return {"loss": loss, **{str(path): g[...] for path, g in nnx.to_flat_state(gradients)}}
+
+    want, got = run(None), run(mesh_of({"expert": 4}))
+    assert min(sqnr(want, got).values()) >= 120, sqnr(want, got)
+    with pytest.raises(ValueError, match=r"experts.w1 has shape \(3, 8, 64, 32\): E=8 is not a multiple of 3"):
+        expert_parallel(stack(nnx.Rngs(0).split(layers)), jax.make_mesh(
+            (3,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:3]
+        ))  # fmt: skip
 
 
 def test_what_is_no_layer() -> None:

@@ -56,6 +56,30 @@ def test_math(shared: int | None, normalize: bool) -> None:
     np.testing.assert_allclose(load_balance_loss, E * (counts * mean).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"score_function": "sigmoid", "capacity_factor": 1.0, "bias_update_rate": 0.1}]
+)
+def test_x64(options: dict[str, Any]) -> None:
+    """The same bits and dtypes, gradients too, where Python's numbers make float64 of what has no dtype."""
+
+    @nnx.jit
+    def step(moe: MoE, x: jax.Array) -> Any:
+        def loss(moe: MoE) -> Any:
+            (y, load_balance_loss), metrics = nnx.capture(moe, nnx.Intermediate)(x)
+            return (y.astype(jnp.float32) ** 2).sum() + load_balance_loss, (y, metrics)
+
+        return nnx.grad(loss, has_aux=True)(moe)
+
+    x = tokens(jnp.bfloat16)
+    first, second = (layer(dtype=None, config="fp8_rowwise", **options) for _ in range(2))  # a step moves the bias
+    want = jax.tree.leaves(step(first, x))
+    with jax.enable_x64(True):
+        got = jax.tree.leaves(step(second, x))
+    assert [a.dtype for a in got] == [a.dtype for a in want]
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_experts_may_be_idle_and_tokens_absent() -> None:
     moe = layer(config="fp8_rowwise")
     moe.router.weight[...] = moe.router.weight[...].at[:2].set(0).at[2:].set(-1)

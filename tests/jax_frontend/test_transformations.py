@@ -360,7 +360,9 @@ def test_automatic_sharding_is_refused_at_trace_time(op: str, kind: AxisType) ->
     }[op]
     name = "x" if op == "swiglu_experts" else "lhs"
     for call in (jax.jit(lambda x: run(2 * x)), run, jax.jit(lambda y: run(x + y))):
-        with pytest.raises(ValueError, match=rf"^{name} is on a mesh, .* 'data'.*: .* inside jax\.shard_map"):
+        with pytest.raises(
+            ValueError, match=rf"^{name} is on a mesh with {kind.name} axes: 'data'.*; .* inside jax\.shard_map"
+        ):
             call(x)
 
 
@@ -368,9 +370,9 @@ def test_automatic_axes_beside_those_of_shard_map_are_refused() -> None:
     mesh = mesh_2x4()
     run = lambda a, b: dot_of("bridge")(a, b)  # noqa: E731
     partly = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"})
-    with pytest.raises(ValueError, match=r"over 'model': .* all axes of the mesh"):
+    with pytest.raises(ValueError, match=r"with Auto axes: 'model'; .* all axes of the mesh"):
         jax.eval_shape(jax.jit(partly), jnp.concatenate([A, A]), B)
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="over 'data', 'model'"):
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="with Auto axes: 'data', 'model';"):
         jax.eval_shape(run, A, B)
 
 
@@ -380,8 +382,11 @@ def test_what_is_on_every_device_for_certain_and_plain_jax_are_not_refused() -> 
     assert_equal(jax.jit(dot_of("bridge"))(copies, B), jax.jit(dot_of("bridge"))(A, B))
     split = jax.device_put(A, NamedSharding(auto, P("data")))
     assert jax.eval_shape(dot_of("jax"), split, B).shape == (M, N)
-    with pytest.raises(ValueError, match=r"lhs is on a mesh, .* 'data': .* what every device holds\)$"):
-        dot_of("jax")(jax.device_put(A, NamedSharding(explicit, P("data"))), B)
+    for spec in (P("data"), P()):  # plain JAX on Explicit axes; what is advised works
+        with pytest.raises(
+            ValueError, match=r"lhs .* Explicit axes: 'data', 'model'; .*AxisType\.Auto.* device holds\)$"
+        ):
+            dot_of("jax")(jax.device_put(A, NamedSharding(explicit, spec)), B)
 
 
 # ---------------------------------------------------------------------------------------------------------------- debug
