@@ -159,7 +159,7 @@ def measure(case: Case, rounds: int, timer: Timer, memory: Memory, emit: Emit) -
         return not fault
 
     def check(system: System, row: Row) -> None:
-        _free(memory)  # what a framework keeps of the systems before may be what this one lacks
+        memory.release()  # what a framework keeps of the systems before may be what this one lacks
         exactness = system.check()
         row.sqnr_db, row.worst_expert_db = (_finite(x) for x in (exactness.sqnr, exactness.worst_expert))
         row.note = exactness.note
