@@ -414,6 +414,7 @@ def test_the_layer_tells_what_had_no_room() -> None:
         ({"chosen": SCORES}, "chosen is float32; give integers"),
         ({"scores": SCORES[:, :2]}, r"scores has shape \(64, 2\); give \(64, 3\)"),
         ({"scores": SCORES.astype(jnp.bfloat16)}, "scores is bfloat16"),
+        ({"chosen": CHOSEN.tolist()}, "chosen is a list; give an array"),
         ({"x": X[None]}, r"x has shape \(1, 64, 32\)"),
     ],
 )
@@ -429,13 +430,13 @@ def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
         )
 
 
-@pytest.mark.parametrize("capacity", [0, -1, float("nan"), float("inf")])
-def test_a_capacity_that_is_none(capacity: float) -> None:
-    with pytest.raises(ValueError, match=f"capacity={capacity} is not a positive number; give a multiple .* or None"):
+@pytest.mark.parametrize("capacity", [0, -1, float("nan"), float("inf"), "2", True])
+def test_a_capacity_that_is_none(capacity: Any) -> None:
+    with pytest.raises(ValueError, match=f"capacity={capacity!r} is not a positive number; give a multiple .* or None"):
         ExpertParallel(mesh=mesh_of(MESHES["8"]), capacity=capacity)
     run = functools.partial(parallel_experts, None, num_experts=E, axis="expert", capacity=capacity)
     mapped = jax.shard_map(run, mesh=mesh_of(MESHES["8"]), in_specs=P("expert"), out_specs=P("expert"))
-    with pytest.raises(ValueError, match=f"capacity={capacity} is not a positive number"):
+    with pytest.raises(ValueError, match=f"capacity={capacity!r} is not a positive number"):
         jax.eval_shape(mapped, X, CHOSEN, SCORES)
 
 
@@ -459,6 +460,19 @@ def test_layers_that_a_mesh_does_not_fit_are_refused() -> None:
     explicit = ExpertParallel(mesh=mesh_of(MESHES["8"], AxisType.Explicit))
     with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
         jax.eval_shape(linen.MoE(D, H, E, k, parallel=explicit).init, jax.random.key(0), X)
+    six = linen.MoE(D, H, 6, k, parallel=ExpertParallel(mesh=mesh_of(MESHES["8"])))
+    with pytest.raises(ValueError, match=r"experts.w1 has shape \(6, 64, 32\): E=6 .* multiple of the 8 devices"):
+        jax.eval_shape(six.init, jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("kind", ["Mesh", "str"])
+def test_what_is_no_expert_parallelism(kind: str) -> None:
+    """The mesh, or the name of its axis, in the place of the whole, and the other way."""
+    given: Any = mesh_of(MESHES["8"]) if kind == "Mesh" else "expert"
+    with pytest.raises(ValueError, match=rf"parallel is a {kind}; give ExpertParallel\(mesh=mesh\), or None"):
+        jax.eval_shape(linen.MoE(D, H, E, k, parallel=given).init, jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"mesh is 'expert'; give a jax.sharding.Mesh"):
+        ExpertParallel(mesh="expert")  # type: ignore[arg-type]
 
 
 def test_what_is_no_layer() -> None:
@@ -468,6 +482,8 @@ def test_what_is_no_layer() -> None:
 
     with pytest.raises(ValueError, match=r"moe is a Block, .*; give each of its MoE layers: moe$"):
         expert_parallel(Block(), mesh_of({"expert": 4}))
+    with pytest.raises(ValueError, match=r"the Linen module MoE, .* linen.MoE\(..., parallel=ExpertParallel\(mesh"):
+        expert_parallel(linen.MoE(D, H, E, k), mesh_of({"expert": 4}))
     with pytest.raises(ValueError, match="mesh is None; give a"):
         expert_parallel(Block().moe, None)  # type: ignore[arg-type]
     for x, message in ((X.astype(jnp.int32), "x is int32; give floating-point"), (X[:, :16], "give tokens .*dim=32")):
