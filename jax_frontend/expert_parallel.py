@@ -29,10 +29,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xmoe.fqn import dotted
+from xmoe.jax_frontend.checks import check_arrays, is_number
 from xmoe.jax_frontend.exchange import Axis, Collective, slices
 from xmoe.jax_frontend.exchange import exchange as exchange_rows
 from xmoe.jax_frontend.experts import swiglu_experts
@@ -238,6 +239,8 @@ class ExpertParallel:
     check_vma: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            raise ValueError(f"mesh is {self.mesh!r}; give a jax.sharding.Mesh, such as that of jax.make_mesh")
         names = self.mesh.axis_names
         if self.data_axes is not None:
             several = (self.data_axes,) if isinstance(self.data_axes, str) else tuple(self.data_axes)
@@ -369,10 +372,15 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     Raises:
         ValueError: an argument does not fit; it is named with its value and the fix.
     """
-    from flax import nnx
+    from flax import linen, nnx
 
     from xmoe.jax_frontend.moe import MoE
 
+    if isinstance(moe, linen.Module):
+        raise ValueError(
+            f"moe is the Linen module {type(moe).__name__}, whose variables are not in it; make its layers as "
+            "linen.MoE(..., parallel=ExpertParallel(mesh=mesh))"
+        )
     if not isinstance(moe, MoE):
         modules = nnx.iter_modules(moe) if isinstance(moe, nnx.Module) else ()
         inside = [dotted(path) for path, module in modules if isinstance(module, MoE)]
@@ -415,13 +423,14 @@ def check_automatic(mesh: Mesh) -> None:
 
 
 def _check_capacity(capacity: float | None) -> None:
-    if capacity is not None and not 0 < capacity < math.inf:
+    if capacity is not None and not (is_number(capacity) and 0 < capacity < math.inf):
         raise ValueError(
-            f"capacity={capacity} is not a positive number; give a multiple of a balanced load such as 1.5, or None"
+            f"capacity={capacity!r} is not a positive number; give a multiple of a balanced load such as 1.5, or None"
         )
 
 
 def _check_tokens(x: jax.Array, chosen: jax.Array, scores: jax.Array) -> None:
+    check_arrays(x=x, chosen=chosen, scores=scores)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; give the tokens, [T, D]")
     if chosen.ndim != 2 or chosen.shape[0] != x.shape[0] or chosen.shape[1] == 0:

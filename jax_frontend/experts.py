@@ -17,7 +17,7 @@ from xmoe.jax_frontend.autodiff import named, once_differentiable
 from xmoe.jax_frontend.permute import permute_tokens, sum_slots
 from xmoe.jax_frontend.plan import ExpertsPlan, make_experts_plan
 from xmoe.jax_frontend.ragged_dot import backward as gemm_backward
-from xmoe.jax_frontend.ragged_dot import call_op, ragged_dot, report_bad_sizes
+from xmoe.jax_frontend.ragged_dot import call_op, ragged_dot, report_bad_order, report_bad_sizes
 from xmoe.jax_frontend.varying import vary_together
 from xmoe.operands import whole_blocks
 
@@ -51,9 +51,10 @@ def swiglu_experts(
             rows past the last come out as zeros.
         w1, w3: [G, H, D], gate and up, bfloat16 or float32. D and H are multiples of 16.
         w2: [G, D, H], down, in the dtype of w1 and w3.
-        group_sizes: [G], of any integer dtype; values as in `ragged_dot`. Those of ``order`` are not checked.
+        group_sizes: [G], of any integer dtype; values as in `ragged_dot`.
         config: a `GroupedMMConfig`, a recipe (enum or name), or None for the bfloat16 baseline.
-        order: [M], M = T * k, the slot of each row (`permute_tokens`): row r is token ``order[r] // k``.
+        order: [M], M = T * k, the slot of each row (`permute_tokens`): row r is token ``order[r] // k``. One that is no
+            permutation gives wrong numbers; ``config.debug`` logs it.
         implementation: as in `ragged_dot`.
 
     Raises:
@@ -63,6 +64,8 @@ def swiglu_experts(
     plan = make_experts_plan(x, w1, w2, w3, group_sizes, config, implementation, order)
     if plan.config.debug:
         jax.debug.callback(functools.partial(report_bad_sizes, plan.M), group_sizes)
+        if order is not None:
+            jax.debug.callback(report_bad_order, order)
     if not whole_blocks(plan.config.format, plan.H):
         quiet = dataclasses.replace(plan.config, debug=False)  # reported once, not three times
         dot = functools.partial(

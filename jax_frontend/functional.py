@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from xmoe.config import GroupedMMConfig, LinearConfig, as_config
+from xmoe.dtypes import dtype_name
 from xmoe.fqn import UNMATCHED, FqnToConfig
+from xmoe.jax_frontend.checks import check_arrays, check_booleans, check_integers
 from xmoe.jax_frontend.experts import swiglu_experts
 from xmoe.jax_frontend.permute import combine, permute_tokens
 from xmoe.jax_frontend.plan import check_placement
-from xmoe.jax_frontend.ragged_dot import ragged_dot
+from xmoe.jax_frontend.ragged_dot import ragged_dot, report_bad_order
 from xmoe.jax_frontend.router import RouterOptions, Routing, check_rate
 from xmoe.operands import FEATURE_MULTIPLE
 
@@ -35,6 +37,10 @@ PLAIN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
 }
 """The GELUs are `jax.nn.gelu`'s default, the tanh approximation."""
+
+
+PARAM_DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""Of parameters; they are cast to what the experts compute in."""
 
 
 class ExpertConfigs(NamedTuple):
@@ -77,6 +83,7 @@ def moe(
         parallel: (tokens [T, D], their experts [T, k], E where there is none, scores [T, k]) → float32 [T, D], in place
             of ``experts`` and their weighted sum.
     """
+    check_arrays(variables=True, x=x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}; give floating-point tokens, x.astype(jnp.bfloat16)")
     if x.shape[-1:] != router.shape[-1:]:
@@ -114,7 +121,10 @@ def apply_experts(
     if activation == "swiglu" and configs.w1 is not None and configs.w1 == configs.w2 == configs.w3:
         w1, w2, w3 = (w.astype(x.dtype) for w in weights if w is not None)
         return swiglu_experts(x, w1, w2, w3, group_sizes, config=configs.w1, order=order)
-    x = x if order is None else permute_tokens(x, order)
+    if order is not None:
+        if any(config is not None and config.debug for config in configs):
+            jax.debug.callback(report_bad_order, order)
+        x = permute_tokens(x, order)
 
     def dot(x: jax.Array, weight: jax.Array, config: GroupedMMConfig | None) -> jax.Array:
         return _dot(x, weight.astype(x.dtype), group_sizes, config)
@@ -158,18 +168,29 @@ def activate(activation: Activation, gate: jax.Array, up: jax.Array | None) -> j
 
 def check_sizes(**sizes: int) -> None:
     """Raises ValueError for a size that the kernels do not take."""
+    check_integers(**sizes)
     for name, size in sizes.items():
         if size <= 0 or size % FEATURE_MULTIPLE:
             raise ValueError(f"{name}={size} is not a positive multiple of {FEATURE_MULTIPLE}; round it up")
 
 
-def check_options(*, shared_hidden_dim: int | None, bias_update_rate: float | None) -> None:
+def check_options(*, shared_hidden_dim: int | None, bias_update_rate: float | None, **booleans: bool) -> None:
     """Raises ValueError for options of a layer that are out of range; `RouterOptions` checks those of its router."""
-    if shared_hidden_dim is not None and shared_hidden_dim < 0:
-        raise ValueError(
-            f"shared_hidden_dim={shared_hidden_dim} is negative; give a width, or None for no shared expert"
-        )
-    check_rate("bias_update_rate", bias_update_rate)
+    check_booleans(**booleans)
+    if shared_hidden_dim is not None:
+        check_integers(shared_hidden_dim=shared_hidden_dim)
+        if shared_hidden_dim < 0:
+            raise ValueError(
+                f"shared_hidden_dim={shared_hidden_dim} is negative; give a width, or None for no shared expert"
+            )
+    if bias_update_rate is not None:
+        check_rate("bias_update_rate", bias_update_rate)
+
+
+def as_dtypes(dtype: Any, param_dtype: Any) -> tuple[jnp.dtype | None, jnp.dtype]:
+    """Of the experts' computation, None for that of the input, and of the parameters. Raises ValueError."""
+    name = dtype_name(param_dtype, "param_dtype", PARAM_DTYPES)
+    return None if dtype is None else jnp.dtype(dtype_name(dtype)), jnp.dtype(name)
 
 
 def check_activation(activation: Activation | None, gated: bool) -> Activation:

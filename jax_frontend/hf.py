@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xmoe.dtypes import dtype_name
 from xmoe.fqn import dotted
 from xmoe.jax_frontend.hf_files import DTYPES, Source, open_checkpoint
 
@@ -64,6 +65,8 @@ def from_hf(
         ValueError: a file, a name or a shape is missing or wrong, or a weight is quantized; it is named with the fix.
         ImportError: files need safetensors.
     """
+    if dtype is not None:
+        dtype = dtype_name(dtype, accepted=tuple(DTYPES.values()))
     source = open_checkpoint(checkpoint)
     names = _find(source, layer, layout, prefix)
     shapes, stored = _check(source, names)
@@ -237,6 +240,8 @@ def _parameters(module_or_state: Any) -> dict[str, Any]:
 
 
 def _refuse_others(weights: Mapping[str, Any], argument: str, layout: str) -> None:
+    if "" in weights:
+        raise ValueError(f"{argument} is a {type(weights['']).__name__}; give an MoE, or its state or parameters")
     if others := [name for name in weights if name not in PARAMETERS]:
         raise ValueError(
             f"{argument} has {_listed(others)}, which the layout {layout!r} has no names for; leave them out: give the "

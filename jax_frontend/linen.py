@@ -79,6 +79,11 @@ class MoE(nn.Module):
 
         ``deterministic`` overrides the layer's.
         """
+        functional.check_options(
+            shared_hidden_dim=self.shared_hidden_dim, bias_update_rate=self.bias_update_rate,
+            normalize_scores=self.normalize_scores, gated=self.gated,
+        )  # fmt: skip
+        dtype, param_dtype = functional.as_dtypes(self.dtype, self.param_dtype)
         options = RouterOptions(
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -91,20 +96,27 @@ class MoE(nn.Module):
             capacity_factor=self.capacity_factor,
         )
         functional.check_sizes(dim=self.dim, hidden_dim=self.hidden_dim)
-        functional.check_options(shared_hidden_dim=self.shared_hidden_dim, bias_update_rate=self.bias_update_rate)
         if self.parallel is not None:
+            if not isinstance(self.parallel, ExpertParallel):
+                raise ValueError(
+                    f"parallel is a {type(self.parallel).__name__}; give ExpertParallel(mesh=mesh), or None"
+                )
             check_automatic(self.parallel.mesh)
         activation = functional.check_activation(self.activation, self.gated)
         made: dict[str, Any] = {
             "dim": self.dim,
             "kernel_init": self.kernel_init,
             "axis_names": self.axis_names,
-            "param_dtype": self.param_dtype,
+            "param_dtype": param_dtype,
         }
         weight, bias = _Router(**made, num_experts=self.num_experts, name="router")(self.bias_update_rate is not None)
         made["activation"] = activation
         configs = functional.resolve(self.config, dotted(self.path), self.gated, warn=self.is_initializing())
         weights = _Experts(**made, hidden_dim=self.hidden_dim, num_experts=self.num_experts, name="experts")()
+        by_name = {name: weight for name, weight in weights._asdict().items() if weight is not None}
+        if self.parallel is not None:
+            for name, w in by_name.items():
+                self.parallel.check_weight(f"experts.{name}", w.shape)
 
         def experts(x: jax.Array, group_sizes: jax.Array, order: jax.Array) -> jax.Array:
             return functional.apply_experts(x, weights, group_sizes, order, configs, activation)
@@ -115,7 +127,6 @@ class MoE(nn.Module):
                 return functional.apply_experts(x, given, group_sizes, order, configs, activation)
 
             assert self.parallel is not None, "called on one device"
-            by_name = {name: weight for name, weight in weights._asdict().items() if weight is not None}
             y, fraction = self.parallel.apply(compute, by_name, tokens, chosen, scores)
             self.sow("intermediates", "exchange_drop_fraction", fraction)
             return y
@@ -125,7 +136,7 @@ class MoE(nn.Module):
             shared = _FeedForward(**made, hidden_dim=self.shared_hidden_dim, name="shared")
         bias_value = None if bias is None else bias.value
         y, routing = functional.moe(
-            x, weight, bias_value, experts, shared, options, self.dtype,
+            x, weight, bias_value, experts, shared, options, dtype,
             None if self.parallel is None or self.is_initializing() else on_mesh,
         )  # fmt: skip
         for name, value in routing.metrics.items():

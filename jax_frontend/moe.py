@@ -4,6 +4,7 @@ What it computes is in ``functional.py`` and ``router.py``; ``linen.py`` has the
 T = tokens, D = model width, H = width of an expert, E = experts, k = experts of each token.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -179,7 +180,7 @@ class MoE(nnx.Module):
             ``out_sharding``, so, unless under `nnx.use_eager_sharding(False)`, the layer is made with a mesh set and
             under `flax.nnx.logical_axis_rules`. The router's experts have no name. None: no names.
         dtype: the experts compute in it: bfloat16 or float32; None: in the dtype of the input, as in PyTorch.
-        param_dtype: the parameters are stored in it.
+        param_dtype: the parameters are stored in it: bfloat16, float16, float32 or float64.
 
     Raises:
         ValueError: an argument is out of range; it is named with its value and the fix.
@@ -212,6 +213,15 @@ class MoE(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        functional.check_options(
+            shared_hidden_dim=shared_hidden_dim, bias_update_rate=bias_update_rate, normalize_scores=normalize_scores,
+            gated=gated,
+        )  # fmt: skip
+        if not isinstance(path, str | Sequence):
+            raise ValueError(f"path={path!r} is no name; give one such as 'layers.0.moe' or ('layers', 0, 'moe')")
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs is a {type(rngs).__name__}; give flax.nnx.Rngs, such as nnx.Rngs(0)")
+        self.dtype, param_dtype = functional.as_dtypes(dtype, param_dtype)
         self.options = RouterOptions(
             num_experts=num_experts,
             top_k=top_k,
@@ -224,13 +234,11 @@ class MoE(nnx.Module):
             capacity_factor=capacity_factor,
         )
         functional.check_sizes(dim=dim, hidden_dim=hidden_dim)
-        functional.check_options(shared_hidden_dim=shared_hidden_dim, bias_update_rate=bias_update_rate)
         activation = functional.check_activation(activation, gated)
         self.parallel: ExpertParallel | None = None
         """How the experts lie on a mesh (`expert_parallel`); None: on one device."""
         self.num_experts, self.top_k, self.normalize_scores = num_experts, top_k, normalize_scores
         self.bias_update_rate, self.deterministic = bias_update_rate, deterministic
-        self.dtype = None if dtype is None else jnp.dtype(dtype)
         made: dict[str, Any] = {"kernel_init": kernel_init, "param_dtype": param_dtype, "rngs": rngs}
         axes = functional.axes_of("router.weight", axis_names)
         self.router = Router(dim, num_experts, with_bias=bias_update_rate is not None, axes=axes, **made)

@@ -6,7 +6,8 @@ T = tokens, k = experts that each token goes to, M = T*k slots, slot s of token 
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from xmoe.jax_frontend.checks import check_arrays
 
 
 def permute_tokens(x: jax.Array, order: jax.Array) -> jax.Array:
@@ -18,7 +19,7 @@ def permute_tokens(x: jax.Array, order: jax.Array) -> jax.Array:
     Raises:
         ValueError: a shape that does not fit: M is a multiple of T.
     """
-    _check_arrays(x=x, order=order)
+    check_arrays(x=x, order=order)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; give the tokens, [T, D]")
     return take(slots_of_token(x, order), x, order, jnp.argsort(order))
@@ -31,7 +32,7 @@ def combine(x: jax.Array, scores: jax.Array, order: jax.Array) -> jax.Array:
     Raises:
         ValueError: a shape that does not fit.
     """
-    _check_arrays(x=x, scores=scores, order=order)
+    check_arrays(x=x, scores=scores, order=order)
     if scores.dtype != jnp.float32:
         raise ValueError(f"scores is {scores.dtype}; give scores.astype(jnp.float32)")
     if x.ndim != 2 or scores.ndim != 2 or scores.size != x.shape[0]:
@@ -50,12 +51,6 @@ def slots_of_token(x: jax.Array, order: jax.Array) -> int:
         raise ValueError(f"order has shape {order.shape} and x T={T} tokens; give [T * k], k slots for each token")
     _check_integers(order)
     return max(1, M // max(1, T))
-
-
-def _check_arrays(**arrays: jax.Array) -> None:
-    for name, array in arrays.items():
-        if not isinstance(array, jax.Array | np.ndarray):
-            raise ValueError(f"{name} is a {type(array).__name__}; give a jax.Array, jnp.asarray({name})")
 
 
 def _check_integers(order: jax.Array) -> None:

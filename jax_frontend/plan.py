@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 
 from xmoe.config import GroupedMMConfig, KernelPreference, as_config
 from xmoe.dtypes import dtype_name
+from xmoe.jax_frontend.checks import check_arrays, check_booleans
 from xmoe.jax_frontend.permute import slots_of_token
 from xmoe.operands import FEATURE_MULTIPLE
 
@@ -99,7 +100,8 @@ def make_plan(
 ) -> Plan:
     """Checks a call. Raises ValueError naming the argument, its value and the fix."""
     config = as_config(config)
-    _check_arrays(lhs=lhs, rhs=rhs, group_sizes=group_sizes)
+    check_arrays(lhs=lhs, rhs=rhs, group_sizes=group_sizes)
+    check_booleans(transpose_rhs=transpose_rhs)
     if lhs.ndim != 2:
         raise ValueError(f"lhs has shape {lhs.shape}; give [M, K], with leading axes flattened by reshape(-1, K)")
     if rhs.ndim != 3 or rhs.shape[0] == 0:
@@ -136,7 +138,8 @@ def make_wgrad_plan(
     """Checks a call of `ragged_dot_wgrad`; the plan is that of the `ragged_dot` whose weight gradient it is. Raises
     ValueError naming the argument, its value and the fix."""
     config = as_config(config)
-    _check_arrays(lhs=lhs, dout=dout, group_sizes=group_sizes)
+    check_arrays(lhs=lhs, dout=dout, group_sizes=group_sizes)
+    check_booleans(transpose_rhs=transpose_rhs)
     for name, array, shape in (("lhs", lhs, "[M, K]"), ("dout", dout, "[M, N]")):
         if array.ndim != 2:
             raise ValueError(f"{name} has shape {array.shape}; give {shape}, with leading axes flattened by reshape")
@@ -166,9 +169,9 @@ def make_experts_plan(
 ) -> ExpertsPlan:
     """Checks a call. Raises ValueError naming the argument, its value and the fix."""
     config = as_config(config)
-    arrays = {"x": x, "w1": w1, "w2": w2, "w3": w3, "group_sizes": group_sizes}
+    arrays: dict[str, Any] = {"x": x, "w1": w1, "w2": w2, "w3": w3, "group_sizes": group_sizes}
     arrays |= {} if order is None else {"order": order}
-    _check_arrays(**arrays)
+    check_arrays(**arrays)
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; give [M, D], with leading axes flattened by reshape(-1, D)")
     if w1.ndim != 3 or w1.shape[0] == 0:
@@ -194,12 +197,6 @@ def make_experts_plan(
     return ExpertsPlan(M, D, H, G, x_dtype, w_dtype, out_dtype, config, engine, where, k)
 
 
-def _check_arrays(**arrays: Any) -> None:
-    for name, array in arrays.items():
-        if not hasattr(array, "shape"):
-            raise ValueError(f"{name} is a {type(array).__name__}; give an array, jnp.asarray({name})")
-
-
 def _check_features(where: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size == 0 or size % FEATURE_MULTIPLE:
@@ -210,7 +207,7 @@ def _check_features(where: str, **sizes: int) -> None:
 
 def _check_sizes(group_sizes: jax.Array, G: int, of: str, group_offset: jax.Array | None = None) -> None:
     if group_offset is not None:
-        _check_arrays(group_offset=group_offset)
+        check_arrays(group_offset=group_offset)
         if group_offset.shape not in ((), (1,)) or not jnp.issubdtype(group_offset.dtype, jnp.integer):
             raise ValueError(
                 f"group_offset is {group_offset.dtype} of shape {group_offset.shape}; give one integer, shape (1,)"

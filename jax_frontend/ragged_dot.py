@@ -202,6 +202,16 @@ def report_bad_sizes(M: int, group_sizes: Any) -> None:
         _log.error("group_sizes=%s, in sum %d: give sizes of 0 or more that sum to at most M=%d", sizes, sum(sizes), M)
 
 
+def report_bad_order(order: Any) -> None:
+    """``config.debug``: as `report_bad_sizes`, of an ``order`` [M] that is no permutation."""
+    missing = np.setdiff1d(np.arange(np.size(order)), order)
+    if missing.size:
+        _log.error(
+            "order is no permutation of 0 to M-1=%d: %d of these are not in it, %d first; give jnp.argsort(chosen)",
+            np.size(order) - 1, missing.size, missing[0],
+        )  # fmt: skip
+
+
 def report_bad_offset(most: int, group_offset: Any) -> None:
     """``config.debug``: as `report_bad_sizes`, of an offset that was clipped."""
     first = int(np.asarray(group_offset).reshape(()))

@@ -6,11 +6,13 @@ T tokens, E experts, k experts of each token; slot s = t * k + j is the j-th cho
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from xmoe.jax_frontend.checks import check_arrays, check_booleans, check_integers, is_number
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
@@ -80,9 +82,8 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         E, k, groups, limited = self.num_experts, self.top_k, self.num_expert_groups, self.num_limited_groups
-        for name, value in (("num_experts", E), ("top_k", k)):
-            if not isinstance(value, Integral):
-                raise ValueError(f"{name}={value!r} is no integer; give a number of experts")
+        check_integers(num_experts=E, top_k=k)
+        check_booleans(normalize=self.normalize)
         if E < 1:
             raise ValueError(f"num_experts={E} is not positive; give 1 or more")
         if not 1 <= k <= E:
@@ -98,6 +99,7 @@ class RouterOptions:
                 f"num_expert_groups={groups} and num_limited_groups={limited} go together; give both, or neither"
             )
         if groups is not None and limited is not None:
+            check_integers(num_expert_groups=groups, num_limited_groups=limited)
             if groups < 1 or E % groups:
                 raise ValueError(f"num_expert_groups={groups} does not divide num_experts={E}; give a divisor")
             if not 1 <= limited <= groups:
@@ -107,11 +109,11 @@ class RouterOptions:
                     f"top_k={k} exceeds the {limited * (E // groups)} experts of num_limited_groups={limited} groups; "
                     "raise num_limited_groups"
                 )
-        if not 0 < self.scaling_factor < math.inf:
-            raise ValueError(f"scaling_factor={self.scaling_factor} is not a positive number; use 1.0 to leave scores")
-        factor = self.capacity_factor
-        if factor is not None and not 0 < factor < math.inf:
-            raise ValueError(f"capacity_factor={factor} is not a positive number; use None to drop no token")
+        scaling, factor = self.scaling_factor, self.capacity_factor
+        if not (is_number(scaling) and 0 < scaling < math.inf):
+            raise ValueError(f"scaling_factor={scaling!r} is not a positive number; use 1.0 to leave scores")
+        if factor is not None and not (is_number(factor) and 0 < factor < math.inf):
+            raise ValueError(f"capacity_factor={factor!r} is not a positive number; use None to drop no token")
 
     def capacity(self, T: int) -> int | None:
         """The most slots of T tokens that an expert takes, ceil(T * k * capacity_factor / E); None: any number."""
@@ -123,10 +125,13 @@ class RouterOptions:
     def route(self, logits: jax.Array, bias: jax.Array | None = None) -> Routing:
         """`route` with these options."""
         E = self.num_experts
+        _check_logits(logits)
         if logits.ndim != 2 or logits.shape[1] != E:
             raise ValueError(f"logits has shape {logits.shape}; give [T, {E}], one logit for each expert")
-        if bias is not None and bias.shape != (E,):
-            raise ValueError(f"bias has shape {bias.shape}; give ({E},), one number for each expert")
+        if bias is not None:
+            check_arrays(variables=True, bias=bias)
+            if bias.shape != (E,):
+                raise ValueError(f"bias has shape {bias.shape}; give ({E},), one number for each expert")
         logits = logits.astype(jnp.float32)
         if self.score_function == "softmax":
             affinity = probabilities = jax.nn.softmax(logits, axis=-1)
@@ -206,6 +211,7 @@ def route(
     Raises:
         ValueError: an argument is out of range; it is named with its value and the fix.
     """
+    _check_logits(logits)
     if logits.ndim != 2:
         raise ValueError(f"logits has shape {logits.shape}; give [T, E], with leading axes flattened")
     return RouterOptions(
@@ -219,6 +225,12 @@ def route(
         group_score=group_score,
         capacity_factor=capacity_factor,
     ).route(logits, bias)
+
+
+def _check_logits(logits: jax.Array) -> None:
+    check_arrays(variables=True, logits=logits)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits is {logits.dtype}; give floating-point logits, logits.astype(jnp.float32)")
 
 
 def _position_in_expert(experts: jax.Array, tokens_per_expert: jax.Array) -> jax.Array:
@@ -257,14 +269,15 @@ def update_bias(bias: jax.Array, tokens_per_expert: jax.Array, rate: float | jax
     applied once a step, with the counts of the whole batch: sum those of micro-batches and of devices before.
 
     Raises:
-        ValueError: ``rate`` is a Python number that is negative or not finite.
+        ValueError: ``rate`` is neither an array nor a number of 0 or more, or another argument is no array.
     """
     check_rate("rate", rate)
+    check_arrays(variables=True, bias=bias, tokens_per_expert=tokens_per_expert)
     load = tokens_per_expert.astype(jnp.float32)
     return bias + jnp.asarray(rate, bias.dtype) * jnp.sign(load.mean() - load).astype(bias.dtype)
 
 
-def check_rate(name: str, rate: float | jax.Array | None) -> None:
-    """Raises ValueError for a Python number that is no rate of `update_bias`; arrays may be traced, and pass."""
-    if isinstance(rate, Real) and not 0 <= rate < math.inf:
-        raise ValueError(f"{name}={rate} would not even the load; give 0 or a small positive number such as 0.001")
+def check_rate(name: str, rate: float | jax.Array) -> None:
+    """Raises ValueError for what is no rate of `update_bias`; arrays may be traced, and pass."""
+    if not isinstance(rate, jax.Array | np.ndarray) and not (is_number(rate) and 0 <= rate < math.inf):
+        raise ValueError(f"{name}={rate!r} would not even the load; give 0 or a small positive number such as 0.001")

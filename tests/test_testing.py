@@ -233,6 +233,42 @@ def test_what_is_wrong_is_found(wrong: Any, message: str) -> None:
         check_grouped_mm(lambda *_: out, "fp8_rowwise", lambda *_: gradients, framework="numpy", **only)
 
 
+@pytest.mark.parametrize(
+    ("out", "gradients", "message"),
+    [
+        (None, None, r"out of .* is a NoneType, not an array of shape \(\d+, \d+\)"),
+        ("half", None, r"out of .* has shape \(\d+, 8\), not"),
+        ("whole", None, r"backward of .* gives a NoneType, not \(dA, dB\)"),
+        ("whole", (None, None), r"dA of .* is a NoneType, not an array of shape"),
+        ("whole", [np.zeros((3, 3))] * 3, r"backward of .* gives a list, not \(dA, dB\)"),
+    ],
+)
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+def test_what_is_no_result_is_found(out: Any, gradients: Any, message: str, framework: Any) -> None:
+    def fn(A: Any, B: Any, offs: Any) -> Any:
+        return None if out is None else (A @ B[0])[:, : 8 if out == "half" else None]
+
+    backward = None if out != "whole" else lambda *_: gradients
+    with pytest.raises(AssertionError, match=message):
+        check_ragged_dot(fn, "bf16", backward, framework=framework, shapes=SMALL[4], patterns="even", kinds="normal")
+
+
+def test_an_output_without_a_gradient_is_found() -> None:
+    def fn(A: Any, B: Any, offs: Any) -> Any:
+        return xt.scaled_grouped_mm(A, B.detach(), offs, config="bf16")
+
+    with pytest.raises(AssertionError, match=r"dB of .* is None: the output does not depend on it"):
+        check_grouped_mm(fn, "bf16", shapes=SMALL[4], patterns="even", kinds="normal")
+
+
+def test_one_shape_is_one_that_is_listed() -> None:
+    one = {"patterns": "even", "kinds": "normal", "framework": "numpy"}
+    forward, backward = _numpy(config_from_recipe("fp8_rowwise"))
+    got = check_grouped_mm(forward, "fp8_rowwise", backward, shapes=SMALL[4], **one)
+    listed = {"patterns": ["even"], "kinds": ["normal"], "framework": "numpy"}
+    assert got == check_grouped_mm(forward, "fp8_rowwise", backward, shapes=[SMALL[4]], **listed)
+
+
 def test_another_recipe_is_found() -> None:
     with pytest.raises(AssertionError, match=r"out of least_features .* is less than 50 dB"):
         check_grouped_mm(functools.partial(xt.scaled_grouped_mm, config="bf16"), "fp8_rowwise", **FEW)

@@ -64,7 +64,8 @@ class GroupedMMConfig(GemmConfig):
     """No effect on blockwise operands: their partial products are scaled and added in float32 registers anyway."""
     debug: bool = False
     """Check the offsets at every call, which waits for the device: for debugging only. On a bad one PyTorch raises
-    ValueError and JAX logs an error: an exception on one shard would leave the others waiting for it."""
+    ValueError and JAX logs an error: an exception on one shard would leave the others waiting for it. JAX also checks
+    that an ``order`` is a permutation."""
     command_buffer: bool = True
     """In JAX on a GPU: let XLA record the kernels into a CUDA graph and replay them without Python. No effect in
     PyTorch, where who calls decides what is captured, nor on any number."""

@@ -189,9 +189,9 @@ def check_grouped_mm(
     *,
     framework: Framework = "torch",
     device: Any = None,
-    shapes: Iterable[Shape] = SMALL,
-    patterns: Iterable[str] = tuple(PATTERNS),
-    kinds: Iterable[str] = ("normal", "zero"),
+    shapes: Shape | Iterable[Shape] = SMALL,
+    patterns: str | Iterable[str] = tuple(PATTERNS),
+    kinds: str | Iterable[str] = ("normal", "zero"),
     dtype: str = "bfloat16",
     least_db: float = KERNEL_TIER,
 ) -> dict[str, float]:
@@ -208,7 +208,7 @@ def check_grouped_mm(
             forward alone is checked.
         framework: whose arrays ``fn`` takes: "torch", "jax" or "numpy" (bfloat16 as of ml_dtypes).
         device: of the torch tensors, or a `jax.Device`; None: the CPU in torch, JAX's default.
-        shapes, patterns, kinds: of `Shape`, of `PATTERNS`, of `GEMM_KINDS`.
+        shapes, patterns, kinds: of `Shape`, of `PATTERNS`, of `GEMM_KINDS`; one or several.
         dtype: of A, B and dOut: "bfloat16" or "float32".
         least_db: of "out", "dA" and "dB"; float32 sums with bfloat16 outputs reach 50.
 
@@ -229,9 +229,9 @@ def check_ragged_dot(
     *,
     framework: Framework = "jax",
     device: Any = None,
-    shapes: Iterable[Shape] = SMALL,
-    patterns: Iterable[str] = tuple(PATTERNS),
-    kinds: Iterable[str] = ("normal", "zero"),
+    shapes: Shape | Iterable[Shape] = SMALL,
+    patterns: str | Iterable[str] = tuple(PATTERNS),
+    kinds: str | Iterable[str] = ("normal", "zero"),
     dtype: str = "bfloat16",
     least_db: float = KERNEL_TIER,
 ) -> dict[str, float]:
@@ -243,17 +243,44 @@ def _check(fn, recipe, backward, framework, device, shapes, patterns, kinds, dty
     config = as_config(recipe)
     if framework not in _RUN:
         raise ValueError(f"framework={framework!r} is not known; use one of {', '.join(_RUN)}")
-    patterns, kinds, least = tuple(patterns), tuple(kinds), {}
-    for shape in shapes:
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    least: dict[str, float] = {}
+    for shape in (shapes,) if isinstance(shapes, Shape) else shapes:
         for pattern in patterns:
             for kind in kinds:
                 inputs = gemm(shape, pattern, kind, dtype=dtype)
                 groups = inputs.group_sizes if sizes else inputs.offs
-                results = _RUN[framework](fn, backward, inputs, groups, device)
                 where = f"{shape.name} {tuple(shape[1:])}, {pattern} groups, {kind} values"
+                checked = _checked(fn, backward, inputs, where)
+                results = _RUN[framework](*checked, inputs, groups, device)
                 for name, db in _hold(results, inputs, config, least_db, where).items():
                     least[name] = min(db, least.get(name, math.inf))
     return least
+
+
+def _checked(fn, backward, inputs: Gemm, where: str) -> tuple[Any, Any]:
+    """``fn`` and ``backward``, which say so where they give no arrays, or those of other shapes."""
+
+    def forward(*args: Any) -> Any:
+        out = fn(*args)
+        _assert_shape(out, inputs.dOut.shape, f"out of {where}")
+        return out
+
+    def gradients(*args: Any) -> Any:
+        found = backward(*args)
+        is_pair = isinstance(found, tuple | list) and len(found) == 2
+        assert is_pair, f"backward of {where} gives a {type(found).__name__}, not (dA, dB)"
+        for name, gradient, x in zip(("dA", "dB"), found, (inputs.A, inputs.B), strict=True):
+            _assert_shape(gradient, x.shape, f"{name} of {where}")
+        return found
+
+    return forward, None if backward is None else gradients
+
+
+def _assert_shape(array: Any, shape: tuple[int, ...], what: str) -> None:
+    assert hasattr(array, "shape"), f"{what} is a {type(array).__name__}, not an array of shape {shape}"
+    assert tuple(array.shape) == shape, f"{what} has shape {tuple(array.shape)}, not {shape}"
 
 
 def _hold(
@@ -267,12 +294,13 @@ def _hold(
     }
     found = {}
     for name, result in results.items():
-        got, reference, what = as_numpy(result), references[name](), f"{name} of {where}"
+        what = f"{name} of {where}"
+        assert result is not None, f"{what} is None: the output does not depend on it, or the gradient is cut"
+        got, reference = as_numpy(result), references[name]()
         dtype = np.dtype(getattr(ml_dtypes, config.out_dtype or "", config.out_dtype or A.dtype))
         want_dtype = dtype if name == "out" else A.dtype
         assert got.dtype == want_dtype, f"{what} is {got.dtype}, not {want_dtype}"
         if name == "dB":
-            assert got.shape == reference.shape, f"{what} has shape {got.shape}, not {reference.shape}"
             empty = got[inputs.group_sizes == 0]
             assert not empty.any(), f"{what}: an expert without tokens has a gradient; it must be exact zeros"
             found[name] = assert_sqnr(got, reference, least_db, what)

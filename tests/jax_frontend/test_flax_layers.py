@@ -302,13 +302,59 @@ def test_initializers_are_called_as_flax_kernels_are() -> None:
         ({"bias_update_rate": -1.0}, r"bias_update_rate=-1.0 would not even the load; give 0 or a small positive"),
         ({"bias_update_rate": float("nan")}, r"bias_update_rate=nan"),
         ({"shared_hidden_dim": -16}, r"shared_hidden_dim=-16 is negative; give a width, or None"),
+        ({"shared_hidden_dim": 16.0}, r"shared_hidden_dim=16.0 is no integer"),
+        ({"dim": 32.0}, r"dim=32.0 is no integer; give one such as 16"),
+        ({"hidden_dim": "48"}, r"hidden_dim='48' is no integer"),
+        ({"top_k": True}, r"top_k=True is no integer"),
+        ({"capacity_factor": "2"}, r"capacity_factor='2' is not a positive number; use None"),
+        ({"scaling_factor": True}, r"scaling_factor=True is not a positive number"),
+        ({"bias_update_rate": "x"}, r"bias_update_rate='x' would not even the load; give 0"),
+        ({"normalize_scores": "yes"}, r"normalize_scores='yes' is not a boolean; use True or False"),
+        ({"gated": "yes"}, r"gated='yes' is not a boolean"),
+        ({"dtype": "foo"}, r"^dtype='foo' is not supported; use one of bfloat16, float32"),
+        ({"dtype": jnp.float16}, r"^dtype=.*float16.* is not supported"),
+        ({"param_dtype": "foo"}, r"param_dtype='foo' is not supported; use one of bfloat16, float16"),
+        ({"param_dtype": jnp.int8}, r"param_dtype=.*int8.* is not supported"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    options = {"dim": D, "hidden_dim": H, "num_experts": E, "top_k": k, **options}
     with pytest.raises(ValueError, match=message):
-        nnx_layer(**options)
+        MoE(**options, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(linen.MoE(D, H, E, k, **options).init, jax.random.key(0), tokens())
+        jax.eval_shape(linen.MoE(**options).init, jax.random.key(0), tokens())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rngs": None}, r"rngs is a NoneType; give flax.nnx.Rngs, such as nnx.Rngs\(0\)"),
+        ({"rngs": 0}, r"rngs is a int; give"),
+        ({"rngs": jax.random.key(0)}, r"rngs is a .*; give flax.nnx.Rngs"),
+        ({"path": 3}, r"path=3 is no name; give one such as 'layers.0.moe' or"),
+    ],
+)
+def test_wrong_arguments_of_nnx_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoE(D, H, E, k, **{"rngs": nnx.Rngs(0), **options})
+
+
+def test_numbers_of_numpy_and_short_names_of_dtypes() -> None:
+    layer = MoE(
+        np.int64(D), np.int32(H), np.int64(E), np.int8(k), capacity_factor=np.float32(1.1), rngs=nnx.Rngs(0),
+        scaling_factor=np.float64(2), normalize_scores=np.True_, bias_update_rate=np.float32(0.1), dtype="bf16",
+        param_dtype="fp32", deterministic=True,
+    )  # fmt: skip
+    y, _ = jax.eval_shape(layer, tokens())
+    assert (y.shape, layer.dtype, layer.experts.w1.dtype) == ((T, D), jnp.bfloat16, jnp.float32)
+
+
+def test_lists_are_no_tokens() -> None:
+    layer, x = nnx_layer(), tokens()
+    with pytest.raises(ValueError, match=r"x is a list; give an array, jnp.asarray\(x\)"):
+        layer(x.tolist())
+    with pytest.raises(ValueError, match="x is a list; give an array"):
+        linen.MoE(D, H, E, k).init(jax.random.key(0), x.tolist())
 
 
 def test_a_layer_without_a_bias_has_none_to_update() -> None:

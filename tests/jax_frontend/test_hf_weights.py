@@ -224,3 +224,13 @@ def test_wrong_layers_are_named() -> None:
         to_hf({"router": {"weight": jnp.zeros((2, D))}}, 0, layout="mixtral")
     with pytest.raises(ValueError, match=r"layout='llama' is not known"):
         to_hf({}, 0, layout="llama")  # type: ignore
+    with pytest.raises(ValueError, match=r"^module_or_state is a int; give an MoE, or its state or parameters"):
+        to_hf(3, 0, layout="mixtral")
+    with pytest.raises(ValueError, match=r"^like is a int; give an MoE"):
+        from_hf(small(), 0, like=3)
+
+
+@pytest.mark.parametrize("dtype", ["foo", np.int8, 3])
+def test_wrong_dtypes_are_named(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"^dtype=.* is not supported; use one of bfloat16, float16, float32, float64"):
+        from_hf(small(), 0, dtype=dtype)

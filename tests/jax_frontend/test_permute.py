@@ -43,10 +43,10 @@ def test_there_and_back() -> None:
         ({"rows": lambda x: x[:, 0]}, r"x has shape \(36,\) and scores \(12, 3\); give \[T \* k, D\] and \[T, k\]"),
         ({"rows": lambda x: x[1:]}, r"x has shape \(35, 16\) and scores \(12, 3\)"),
         ({"scores": lambda s: s.astype(jnp.bfloat16)}, "scores is bfloat16; give scores.astype"),
-        ({"scores": lambda s: None}, "scores is a NoneType; give a jax.Array"),
+        ({"scores": lambda s: None}, "scores is a NoneType; give an array"),
         ({"order": lambda o: o.astype(jnp.float32)}, "order is float32; give integers"),
         ({"order": lambda o: o[1:]}, r"order has shape \(35,\); give the slot of each row of x, \(36,\)"),
-        ({"order": lambda o: o.tolist()}, "order is a list; give a jax.Array"),
+        ({"order": lambda o: o.tolist()}, "order is a list; give an array"),
     ],
 )
 def test_bad_arguments_of_combine(change: dict[str, Any], message: str) -> None:
@@ -62,7 +62,7 @@ def test_bad_arguments_of_combine(change: dict[str, Any], message: str) -> None:
     [
         (jnp.zeros((2, 3, 16)), jnp.arange(4), r"x has shape \(2, 3, 16\); give the tokens"),
         (jnp.zeros((3, 16)), jnp.arange(7), r"order has shape \(7,\) and x T=3 tokens; give \[T \* k\]"),
-        (jnp.zeros((3, 16)), None, "order is a NoneType; give a jax.Array"),
+        (jnp.zeros((3, 16)), None, "order is a NoneType; give an array"),
     ],
 )
 def test_bad_arguments_of_permute_tokens(x: jax.Array, order: Any, message: str) -> None:

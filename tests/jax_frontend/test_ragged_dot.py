@@ -217,6 +217,7 @@ def _with(**changes: Any) -> Callable[[], Any]:
         (_with(precision=jax.lax.Precision.HIGHEST), "precision=.*accumulation='precise'"),
         (_with(group_offset=jnp.zeros(2, jnp.int32)), r"group_offset is int32 of shape \(2,\); give one integer"),
         (_with(group_offset=jnp.zeros(1)), "group_offset is float32"),
+        (_with(transpose_rhs="yes"), r"transpose_rhs='yes' is not a boolean; use True or False"),
         (_with(group_offset=1), r"group_offset is a int; give an array, jnp\.asarray\(group_offset\)"),
         (_with(group_offset=jnp.array([1])), "group_offset=1 is out of range; give 0 to 0,"),
         (

@@ -190,6 +190,14 @@ def test_the_update_is_a_sign() -> None:
         ({"logits": jnp.zeros((T, 0))}, r"num_experts=0 is not positive"),
         ({"bias": jnp.zeros(3)}, r"bias has shape \(3,\); give \(8,\)"),
         ({"logits": jnp.zeros(E)}, r"logits has shape \(8,\); give \[T, E\]"),
+        ({"logits": [[0.0] * E]}, r"logits is a list; give an array, jnp.asarray\(logits\)"),
+        ({"logits": jnp.zeros((T, E), jnp.int32)}, r"logits is int32; give floating-point logits"),
+        ({"bias": [0.0] * E}, r"bias is a list; give an array"),
+        ({"k": True}, r"top_k=True is no integer"),
+        ({"normalize": "no"}, r"normalize='no' is not a boolean"),
+        ({"scaling_factor": "2"}, r"scaling_factor='2' is not a positive number"),
+        ({"num_expert_groups": 4.0, "num_limited_groups": 2}, r"num_expert_groups=4.0 is no integer"),
+        ({"num_expert_groups": 4, "num_limited_groups": True}, r"num_limited_groups=True is no integer"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -199,7 +207,12 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
         RouterOptions(num_experts=4, top_k=1).route(jnp.zeros((2, 3)))
 
 
-@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
-def test_a_rate_that_is_none(rate: float) -> None:
-    with pytest.raises(ValueError, match=f"rate={rate} would not even the load; give 0 or a small positive number"):
+def test_lists_are_no_counts() -> None:
+    with pytest.raises(ValueError, match="tokens_per_expert is a list; give an array"):
+        update_bias(jnp.zeros(4), [1, 2, 3, 4], 0.001)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf"), "x", None, True])
+def test_a_rate_that_is_none(rate: Any) -> None:
+    with pytest.raises(ValueError, match=f"rate={rate!r} would not even the load; give 0 or a small positive number"):
         update_bias(jnp.zeros(4), jnp.ones(4), rate)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.jax_frontend.values import values
 from xmoe.config import FP8GroupedMMConfig, MXFP8GroupedMMConfig
-from xmoe.jax_frontend import OUTPUT_NAME, RESIDUAL_NAMES, ragged_dot, ragged_dot_wgrad, swiglu_experts
+from xmoe.jax_frontend import OUTPUT_NAME, RESIDUAL_NAMES, functional, ragged_dot, ragged_dot_wgrad, swiglu_experts
 
 M, K, N, G = 40, 32, 16, 3
 SIZES = np.array([17, 0, 20], np.int32)  # three rows belong to nobody
@@ -413,6 +413,29 @@ def test_debug_reports_bad_sizes_once(op: str, caplog: pytest.LogCaptureFixture)
         jax.effects_barrier()
     (record,) = caplog.records
     assert record.getMessage().startswith("group_sizes=[30, -1, 30], in sum 59: give sizes of 0 or more")
+
+
+@pytest.mark.parametrize("op", ["swiglu_experts", "unfused experts", "experts of a layer"])
+def test_debug_reports_an_order_that_is_no_permutation_once(op: str, caplog: pytest.LogCaptureFixture) -> None:
+    mx = MXFP8GroupedMMConfig(debug=True)
+    of_48 = [jnp.ones((G, 48, K)), jnp.ones((G, K, 48)), jnp.ones((G, 48, K))]  # 48 is no multiple of 32
+    sizes, plain = jnp.asarray(SIZES), functional.Weights(W1, W2, None)
+    run = {
+        "swiglu_experts": lambda o: swiglu_experts(A, W1, W2, W3, sizes, config=DEBUG, order=o),
+        "unfused experts": lambda o: swiglu_experts(A, *of_48, sizes, config=mx, order=o),
+        "experts of a layer": lambda o: functional.apply_experts(
+            A, plain, sizes, o, functional.ExpertConfigs(None, DEBUG, None), "gelu"
+        ),
+    }[op]
+    order = jnp.arange(M)[::-1]
+    with caplog.at_level(logging.ERROR):
+        jax.block_until_ready(jax.jit(run)(order))
+        jax.effects_barrier()
+        assert not caplog.records
+        jax.block_until_ready(jax.jit(run)(order.at[:2].set(M)))
+        jax.effects_barrier()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("order is no permutation of 0 to M-1=39: 2 of these are not in it, 38 first;")
 
 
 def test_debug_in_shard_map_reports_from_the_shards_that_are_bad(caplog: pytest.LogCaptureFixture) -> None:
