@@ -145,7 +145,7 @@ def test_what_is_no_expert_parallelism(kind: str) -> None:
 
 
 def test_stacked_layers() -> None:
-    """For a scan over layers: experts are sharded, not layers; the same bits as layers of one device."""
+    """For a scan over layers: experts are sharded, not layers; the results of one device."""
     layers = 3
 
     @nnx.vmap
