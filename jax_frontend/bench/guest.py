@@ -20,7 +20,10 @@ def invite(options: Options, emit: Emit) -> "JaxGuest | None":
     if device.platform != "gpu":
         emit("note", text=f"JAX finds no GPU (its first device: {device.device_kind}), so its systems are left out.")
         return None
-    emit("note", text="JAX's times: wall-clock means of calls enqueued together, less the cache flushes between them.")
+    text = (
+        "JAX's times, those in µs too, are wall-clock means of calls enqueued together, less the cache flushes between"
+    )
+    emit("note", text=f"{text} them (none where launching is timed).")
     major, minor = device.compute_capability.split(".")
     return JaxGuest(options, (int(major), int(minor)), WallTimer(), WallTimer(flush_bytes=0))
 

@@ -81,7 +81,7 @@ def test_overhead(shape: Any, table: str, torchs: str, recipe: str, least_db: fl
     assert set(found) == (ours if table == overhead.STEP else {*ours, "jax.lax.ragged_dot bf16"})
     for system, row in found.items():
         assert row.ms > 0, row.note
-        assert row.peak_bytes > 0
+        assert (row.peak_bytes is None) == (table == overhead.OP)  # a program's, which has many calls there
         assert row.sqnr_db is None or row.sqnr_db >= least_db, system
 
 
