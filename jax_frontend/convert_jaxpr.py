@@ -9,7 +9,7 @@ slices and stacks, into and out of `jit`, `scan`, `while`, `cond`, `remat` and `
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -64,7 +64,9 @@ class Conversion:
     jitted: "Jitted"
     """What inner calls of `jax.jit` were converted to, so that a program that is run again is not compiled again."""
     calls: "Calls" = field(default_factory=dict)
-    """What was found, by the identity of its equation."""
+    """What was found."""
+    place: "Place" = ()
+    """Where this one is."""
     _equations: list[Any] = field(default_factory=list)  # alive, so that identities stay theirs
 
     def run(self, program: Any, values: Sequence[Any], names: Sequence[Names]) -> Results:
@@ -83,7 +85,7 @@ class Conversion:
             if _concerns(eqn):
                 scope = str(eqn.source_info.name_stack)
                 with eqn.ctx.manager, jax.named_scope(scope) if scope else contextlib.nullcontext():
-                    results = _RULES[eqn.primitive.name](self, eqn, *read(eqn.invars))
+                    results = _RULES[eqn.primitive.name](self.at(eqn), eqn, *read(eqn.invars))
                 env.update(zip(eqn.outvars, zip(*results, strict=True), strict=True))
             else:
                 given, names_given = read(part.invars)
@@ -91,20 +93,27 @@ class Conversion:
                 env.update(zip(part.outvars, zip(*results, strict=True), strict=True))
         return read(jaxpr.outvars)
 
+    def at(self, eqn: Any) -> "Conversion":
+        """The same conversion, at an equation of its program."""
+        self._equations.append(eqn)
+        return replace(self, place=(*self.place, id(eqn)))
+
     def config_of(self, eqn: Any, names: Names) -> GroupedMMConfig | None:
-        """Of a call: `choose`, asked once."""
-        if id(eqn) not in self.calls:
+        """Of the call at this place: `choose`, asked once."""
+        if self.place not in self.calls:
             form = _form(eqn, names)
-            self.calls[id(eqn)] = form, self.choose(form)
-            self._equations.append(eqn)
-        return self.calls[id(eqn)][1]
+            self.calls[self.place] = form, self.choose(form)
+        return self.calls[self.place][1]
 
     def traceable(self, program: Any, names: Sequence[Names]) -> Callable[..., list[Any]]:
         """The program as a function of its arguments, for JAX's own transformations."""
         return lambda *values: self.run(program, values, names)[0]
 
 
-Calls = dict[int, tuple[Form, GroupedMMConfig | None]]
+Place = tuple[int, ...]
+"""The identities of the equations that lead to a call, outermost first: layers may share the program that it is in."""
+
+Calls = dict[Place, tuple[Form, GroupedMMConfig | None]]
 Jitted = dict[tuple[Any, ...], tuple[Any, Any, Calls]]
 """By identity, platform and names: the program (kept, so that its identity stays its own), it converted, its calls."""
 
@@ -292,7 +301,7 @@ def _through_jit(conversion: Conversion, eqn: Any, values: list[Any], names: lis
             conversion.jitted.clear()
         conversion.jitted[key] = program, converted, inside.calls
     _, converted, calls = conversion.jitted[key]
-    conversion.calls.update(calls)
+    conversion.calls.update(((*conversion.place, *place), call) for place, call in calls.items())
     results = eqn.primitive.bind(*values, **{**eqn.params, "jaxpr": converted})
     return results, _flow(program, names)
 

@@ -211,6 +211,35 @@ def test_names_follow_the_weight(x: Any, weights: Any, caplog: pytest.LogCapture
     ]
 
 
+SHARED: dict[str, Callable[[Any], Any]] = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "jit in remat": lambda f: jax.checkpoint(jax.jit(f)),
+    "cond": lambda f: lambda x, w: lax.cond(x.sum() < 1e9, f, lambda x, w: x, x, w),
+    "scan": lambda f: functools.partial(lambda body, x, w: lax.scan(body, x, w[None])[0], lambda x, w: (f(x, w), None)),
+}
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_layers_that_share_a_program_keep_their_names(
+    how: str, x: Any, weights: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """JAX traces the function once, and each layer has its own config."""
+    layer = SHARED[how](lambda x, w: grouped_dot(x, w, SIZES))
+
+    def net(x: Any, p: Any) -> Any:
+        for w in p.values():
+            x = layer(x, w)
+        return x
+
+    p = {"l0": weights[0], "l1": weights[1], "l2": weights[0]}
+    config = FqnToConfig({"l0": None, "l1": RECIPE, "l2": "bf16"})
+    assert chosen(net, config, x, p, caplog=caplog) == [("l1", RECIPE), ("l2", "bf16")]
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
+    y = one_dot()(grouped_dot(x, p["l0"], SIZES), p["l1"])
+    equal(jax.jit(quantize(net, config))(x, p), one_dot("bf16")(y, p["l2"]))
+
+
 def test_only_what_a_key_names(x: Any, weights: Any) -> None:
     fn = lambda x, p: grouped_dot(grouped_dot(x, p["a"], SIZES), p["b"], SIZES)  # noqa: E731
     quantized = quantize(fn, FqnToConfig({"b": RECIPE, "a": None}))
