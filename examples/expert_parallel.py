@@ -3,6 +3,10 @@
     PYTHONPATH=. python examples/expert_parallel.py --shape deepseek_v3 --tokens 16384 --recipes bf16,fp8_rowwise
     PYTHONPATH=. JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 python examples/expert_parallel.py --shape tiny
 
+Of several processes (hosts) each runs it, with its number and the address of the first one:
+
+    PYTHONPATH=. python examples/expert_parallel.py --shape deepseek_v3 --coordinator HOST:PORT --processes 2 --rank 0
+
 In a checkout, with a Python that has jax and flax: after ``make train`` .venv/bin/python. (Where xmoe is installed
 PYTHONPATH is not needed.)
 
@@ -41,23 +45,29 @@ def main() -> None:
     parser.add_argument("--exchanges", default=None, help="of " + ", ".join(EXCHANGES) + " (default: all there are)")
     parser.add_argument("--capacity", type=float, default=2.0, help="times a balanced load; 0: the worst case")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where there are several")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--rank", type=int, help="the number of this process")
     options = parser.parse_args()
+    if options.coordinator:
+        jax.distributed.initialize(options.coordinator, options.processes, options.rank)
 
     on_cpu = jax.default_backend() == "cpu"
     D, H, E, k = SHAPES[options.shape]
     T = options.tokens or (64 if on_cpu else 16384)
     exchanges = options.exchanges.split(",") if options.exchanges else EXCHANGES[on_cpu:]
     mesh = jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(AxisType.Auto,))
-    print(
+    show = print if jax.process_index() == 0 else lambda line: None
+    show(
         f"{mesh.size} x {jax.devices()[0].device_kind}, jax {jax.__version__}: D={D} H={H} E={E} k={k}, "
         f"{T} tokens a device, capacity {options.capacity or 'of the worst case'}"
     )
-    print(f"{'recipe':12} {'experts':22} {'ms':>9} {'tokens/s':>12} {'of ideal':>9} {'GiB':>7} {'dropped':>8}")
+    show(f"{'recipe':12} {'experts':22} {'ms':>9} {'tokens/s':>12} {'of ideal':>9} {'GiB':>7} {'dropped':>8}")
     for recipe in options.recipes.split(","):
-        inputs = make_inputs(T, D, H, E, k, jax.devices()[0])
+        inputs = make_inputs(T, D, H, E, k, jax.local_devices()[0])
         ms, memory, _ = measure(lambda *a: (alone(*a, recipe), jnp.float32(0)), inputs, options.rounds)  # noqa: B023
         base = T / ms * 1e3
-        print(f"{recipe:12} {'one device':22} {ms:9.2f} {base:12,.0f} {'':9} {memory:7.2f}")
+        show(f"{recipe:12} {'one device':22} {ms:9.2f} {base:12,.0f} {'':9} {memory:7.2f}")
         del inputs
         for exchange in exchanges if mesh.size > 1 else ():
             parallel = ExpertParallel(mesh=mesh, exchange=exchange, capacity=options.capacity or None)
@@ -69,7 +79,7 @@ def main() -> None:
             ms, memory, dropped = measure(sharded, inputs, options.rounds)
             speed = T * mesh.size / ms * 1e3
             share = speed / base / mesh.size
-            print(f"{recipe:12} {exchange:22} {ms:9.2f} {speed:12,.0f} {share:9.1%} {memory:7.2f} {dropped:8.2%}")
+            show(f"{recipe:12} {exchange:22} {ms:9.2f} {speed:12,.0f} {share:9.1%} {memory:7.2f} {dropped:8.2%}")
             del inputs
 
 

@@ -40,8 +40,9 @@ def exchange(
     The gradient goes the way back: it is this function with ``outgoing`` and ``incoming`` exchanged. (JAX's own
     derivative of `jax.lax.ragged_all_to_all` communicates the offsets once more.)
 
-    "ragged_all_to_all" moves the rows that there are, and needs XLA's GPU or TPU backend. "all_to_all" runs anywhere
-    and gives the same bits; it moves blocks padded to min(R, S) rows a peer, which are the most that one can send.
+    "ragged_all_to_all" moves the rows that there are, and needs XLA's backend for TPUs, or for the GPUs of one process.
+    "all_to_all" runs anywhere and gives the same bits; it moves blocks padded to min(R, S) rows a peer, which are the
+    most that one can send.
 
     The slices must lie inside both buffers: that is the caller's to see to.
     """
@@ -68,15 +69,13 @@ def _exchange(static: Static, x: jax.Array, outgoing: Slices, incoming: Slices) 
 
 
 PIECES = 1024
-"""That the rows which a device sends are cut into, inside a host. XLA gives each piece to one block of threads: two
-H200s exchanged 537 MB each way in 98 ms with one piece for each, in 7.4 with 16, 1.85 with 128 and 1.72 with 1024 (jax
-0.11.2). Between hosts each would be a message of NCCL's, so there slices stay whole; of several processes each is taken
-to be a host of its own."""
+"""That the rows which a device sends are cut into. XLA gives each piece to one block of threads: two H200s exchanged
+537 MB each way in 98 ms with one piece for each, in 7.4 with 16, 1.85 with 128 and 1.72 with 1024 (jax 0.11.2)."""
 
 
 def _pieces(start: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(start, sizes)`` of the pieces of P slices, int32 [P * pieces], those of a slice together."""
-    pieces = max(PIECES // sizes.size, 1) if jax.process_count() == 1 else 1
+    pieces = max(PIECES // sizes.size, 1)
     piece = jnp.arange(pieces, dtype=jnp.int32)
     least, larger = sizes[:, None] // pieces, sizes[:, None] % pieces  # the first ones have a row more
     starts = start[:, None] + least * piece + jnp.minimum(larger, piece)

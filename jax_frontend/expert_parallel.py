@@ -7,8 +7,8 @@ Exchanges, for each device:
 
 | ``exchange`` | sends | receives | why |
 |---|---|---|---|
-| "ragged_all_to_all" | each slot's row to its expert's device | those rows | least traffic; GPU and TPU |
-| "all_to_all" | the same, in blocks padded to M rows a peer | the same | where XLA has no ragged one: the CPU |
+| "ragged_all_to_all" | each slot's row to its expert's device | those rows | least traffic; TPU, GPUs of one process |
+| "all_to_all" | the same, in blocks padded to M rows a peer | the same | CPU, GPUs of several processes |
 | "all_gather" | its T tokens to every device | P * T tokens, then float32 sums | plain collectives; for P up to k |
 
 With any of them the rows of an expert lie in the order of their slots, devices one after the other, which is the order
@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,7 +82,8 @@ def parallel_experts(
         num_experts: E, a multiple of P.
         axis: the mesh axis (or axes) that experts and tokens are sharded over.
         tensor_axis: the axis that H is sharded over, whose devices have the same tokens: y is summed over it.
-        exchange: see the module; None: "ragged_all_to_all" on GPU and TPU, "all_to_all" elsewhere.
+        exchange: see the module; None: "ragged_all_to_all" on TPUs, and on GPUs where there is one process only, else
+            "all_to_all". (Between GPUs of several processes XLA refuses the ragged one.)
         capacity: the rows that a device has room for, as a multiple of M, which is a balanced load. None: P, the worst
             case, so that nothing is ever dropped. Where more rows come, every expert of every sender loses the same
             share of them, its last tokens first; a slot without room adds nothing to y. Which are lost is the same
@@ -261,7 +263,12 @@ class ExpertParallel:
                 f"axis={self.axis!r}, data_axes={self.data_axes} and tensor_axis={self.tensor_axis!r} share an axis; "
                 "give each axis one of these parts"
             )
-        _method(self.exchange)
+        method = _method(self.exchange)
+        if method == "ragged_all_to_all" and platform() == "gpu" and _is_between_processes(self.mesh, self.axis):
+            raise ValueError(
+                f"exchange={method!r} moves rows between the GPUs of one process, and those of axis={self.axis!r} "
+                "belong to several; use 'all_to_all' or None"
+            )
         _check_capacity(self.capacity)
 
     @property
@@ -405,12 +412,21 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
 
 def _method(exchange: str | None) -> Exchange:
     if exchange is None:
-        return "ragged_all_to_all" if platform() in ("gpu", "tpu") else "all_to_all"
+        ragged = platform() == "tpu" or (platform() == "gpu" and jax.process_count() == 1)
+        return "ragged_all_to_all" if ragged else "all_to_all"
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is not known; use one of {', '.join(EXCHANGES)}, or None")
     if exchange == "ragged_all_to_all" and platform() == "cpu":
         raise ValueError(f"exchange={exchange!r} has no implementation on a CPU in XLA; use 'all_to_all' or None")
     return exchange
+
+
+def _is_between_processes(mesh: Mesh | AbstractMesh, axis: str) -> bool:
+    """Whether devices of several processes share their rows along ``axis``."""
+    if not isinstance(mesh, Mesh):
+        return False
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])
+    return any(len({device.process_index for device in row}) > 1 for row in devices)
 
 
 def check_automatic(mesh: Mesh) -> None:

@@ -3,6 +3,7 @@
 import functools
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -306,6 +307,28 @@ def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
         jax.eval_shape(
             lambda: ExpertParallel(mesh=mesh_of(MESHES["8"]), **options).apply(float32_experts, weights, **given)
         )
+
+
+def test_gpus_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows travel by the exchange that reaches them."""
+    monkeypatch.setattr(sys.modules[ExpertParallel.__module__], "platform", lambda: "gpu")
+    parallel = ExpertParallel(mesh=mesh_of(MESHES["8"]))
+
+    def program() -> str:
+        return str(jax.make_jaxpr(lambda: parallel.apply(float32_experts, WEIGHTS, X, CHOSEN, SCORES))())
+
+    assert "ragged_all_to_all" in program()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "ragged_all_to_all" not in program()
+    assert "all_to_all" in program()
+
+    gpus = np.array([Mock(id=i, process_index=i // 2) for i in range(4)]).reshape(2, 2)
+    options: Any = {"axis": "expert", "exchange": "ragged_all_to_all"}
+    ExpertParallel(mesh=jax.sharding.Mesh(gpus, ("data", "expert")), **options)
+    with pytest.raises(
+        ValueError, match="between the GPUs of one process, and those of axis='expert' belong to several"
+    ):
+        ExpertParallel(mesh=jax.sharding.Mesh(gpus, ("expert", "data")), **options)
 
 
 @pytest.mark.parametrize("capacity", [0, -1, float("nan"), float("inf"), "2", True])
