@@ -355,6 +355,11 @@ class _Tiles:
         """[TOKEN_TILE]: which rows of tile ``t`` are its group's."""
         return self.first[t] + jnp.arange(TOKEN_TILE, dtype=jnp.int32) < self.end[t]
 
+    def loop(self, step: Callable[[jax.Array, jax.Array], jax.Array], out: jax.Array) -> jax.Array:
+        """``out`` after ``step(t, out)`` of every tile in use. (Of no tile, as of no token in one group, not even
+        traced.)"""
+        return jax.lax.fori_loop(0, self.used, step, out) if self.first.size else out
+
 
 def _for_each_row_tile(
     product: Callable[..., jax.Array],
@@ -379,7 +384,7 @@ def _for_each_row_tile(
         return jax.lax.dynamic_update_slice_in_dim(out, acc, tiles.first[t], 0)
 
     out = _zeros_varying_like((M + TOKEN_TILE, weights.shape[1]), out_dtype, a, weights, offs)
-    return jax.lax.fori_loop(0, tiles.used, step, out)[:M]
+    return tiles.loop(step, out)[:M]
 
 
 def _sum_over_token_tiles(
@@ -391,7 +396,7 @@ def _sum_over_token_tiles(
         return out.at[tiles.group[t]].add(product(t, tiles))
 
     out = _zeros_varying_like((tiles.groups, *shape), jnp.float32, *operands, tiles.used)
-    return jax.lax.fori_loop(0, tiles.used, step, out)
+    return tiles.loop(step, out)
 
 
 def _pad_rows(x: jax.Array) -> jax.Array:

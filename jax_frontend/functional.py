@@ -139,9 +139,16 @@ def _dot(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, config: Groupe
     if config is None and x.dtype != jnp.bfloat16:  # left alone: the kernels would round to bfloat16
         # JAX says nothing about rows past the last group, neither in the product nor in the gradient.
         within = (jnp.arange(x.shape[0]) < group_sizes.sum())[:, None]
-        x, highest = jnp.where(within, x, 0), jax.lax.Precision.HIGHEST
-        return jnp.where(within, jax.lax.ragged_dot(x, weight.swapaxes(1, 2), group_sizes, precision=highest), 0)
+        operands = _mapped_alike(jnp.where(within, x, 0), weight.swapaxes(1, 2), group_sizes)
+        return jnp.where(within, jax.lax.ragged_dot(*operands, precision=jax.lax.Precision.HIGHEST), 0)
     return ragged_dot(x, weight, group_sizes, config=config, transpose_rhs=True)
+
+
+def _mapped_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The same arrays, but where `jax.vmap` maps one of them it maps all, as `jax.lax.ragged_dot` asks for. (Each is
+    made to depend on no element of the others, which XLA folds away.)"""
+    elements = sum(jax.lax.stop_gradient(a).reshape(-1)[:0].astype(jnp.int32).sum() for a in arrays)
+    return [jnp.where(elements == 0, a, jnp.zeros_like(a)) for a in arrays]
 
 
 def feed_forward(x: jax.Array, weights: Weights, activation: Activation) -> jax.Array:

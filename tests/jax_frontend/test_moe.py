@@ -90,6 +90,25 @@ def test_experts_may_be_idle_and_tokens_absent() -> None:
     assert (y.shape, float(load_balance_loss)) == ((0, D), 0.0)
 
 
+@pytest.mark.parametrize("axes", [(None, 0), (0, None)], ids=["tokens", "weights"])
+def test_vmap_of_an_unquantized_layer(axes: tuple[int | None, int | None]) -> None:
+    """`jax.lax.ragged_dot` in float32, which JAX maps over all of its operands or none."""
+    graph, state = nnx.split(layer())
+    other = (state, 2 * tokens()) if axes[0] is None else (nnx.state(layer(seed=1)), tokens())
+    grads = jax.jit(jax.grad(lambda state, x: (nnx.merge(graph, state, copy=True)(x)[0] ** 2).mean(), (0, 1)))
+
+    def both(a: Any, b: Any) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b)
+
+    want = both(grads(state, tokens()), grads(*other))
+    given = (
+        one if axis is None else both(one, two) for axis, one, two in zip(axes, (state, tokens()), other, strict=True)
+    )
+    got = jax.vmap(grads, axes)(*given)
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        assert oracle.sqnr(np.asarray(a), np.asarray(b)) > 100
+
+
 def test_gradients_follow_the_unquantized_layers() -> None:
     x = tokens(jnp.bfloat16)
     grads = nnx.jit(nnx.grad(lambda moe, x: (moe(x)[0].astype(jnp.float32) ** 2).mean()))
