@@ -22,10 +22,10 @@ def check_booleans(**values: Any) -> None:
 
 
 def check_integers(**values: Any) -> None:
-    """Refuses what is no integer: booleans, and floats whatever their value. NumPy's integers are."""
+    """Refuses booleans, and floats whatever their value. NumPy's integers are integers."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise ValueError(f"{name}={value!r} is no integer; give one such as 16")
+            raise ValueError(f"{name}={value!r} is not an integer; give one")
 
 
 def is_number(value: Any) -> bool:

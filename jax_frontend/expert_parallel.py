@@ -94,7 +94,12 @@ def parallel_experts(
     """
     method = _method(exchange)
     _check_tokens(x, chosen, scores)
-    devices = jax.lax.axis_size(axis)
+    try:
+        devices = jax.lax.axis_size(axis)
+    except NameError:
+        raise ValueError(
+            f"axis={axis!r} is no axis of a jax.shard_map around this call; put one there, or use ExpertParallel"
+        ) from None
     if num_experts <= 0 or num_experts % devices:
         raise ValueError(f"num_experts={num_experts} is not a positive multiple of the {devices} devices of {axis!r}")
     _check_capacity(capacity)
@@ -391,8 +396,8 @@ def expert_parallel(moe: Any, mesh: Mesh, axis: str = "expert", **options: Any) 
     if not isinstance(moe, MoE):
         modules = nnx.iter_modules(moe) if isinstance(moe, nnx.Module) else ()
         inside = [dotted(path) for path, module in modules if isinstance(module, MoE)]
-        found = f"; give each of its MoE layers: {', '.join(inside)}" if inside else ", which has no MoE layer in it"
-        raise ValueError(f"moe is a {type(moe).__name__}, not a xmoe.jax_frontend.MoE{found}")
+        found = f"; give each of its MoE layers: {', '.join(inside)}" if inside else " and has none in it; give one"
+        raise ValueError(f"moe is a {type(moe).__name__}, which is no xmoe.jax_frontend.MoE{found}")
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh is {mesh!r}; give a jax.sharding.Mesh, such as that of jax.make_mesh")
     parallel = ExpertParallel(mesh=mesh, axis=axis, **options)

@@ -208,7 +208,7 @@ def check_activation(activation: Activation | None, gated: bool) -> Activation:
     if activation not in known:
         kind, names = "gated" if gated else "plain", ", ".join(map(repr, known))
         other = f", or gated={not gated}" if activation in (PLAIN if gated else GATED) else ""
-        raise ValueError(f"activation={activation!r} is none of {kind} experts; use one of {names}{other}")
+        raise ValueError(f"activation={activation!r} is not for {kind} experts; use one of {names}{other}")
     return activation
 
 
@@ -246,6 +246,8 @@ def weight_init(kernel_init: Initializer | None) -> Initializer:
     """
     if kernel_init is None:
         return _lecun_normal
+    if not callable(kernel_init):
+        raise ValueError(f"kernel_init={kernel_init!r} is no function; give one of flax.nnx.initializers, or None")
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:

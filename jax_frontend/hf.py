@@ -8,7 +8,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,11 @@ import numpy as np
 
 from xmoe.dtypes import dtype_name
 from xmoe.fqn import dotted
+from xmoe.jax_frontend.checks import check_integers
 from xmoe.jax_frontend.hf_files import DTYPES, Source, open_checkpoint
+
+if TYPE_CHECKING:
+    from xmoe.jax_frontend.moe import MoE
 
 Layout = Literal["qwen3_moe", "mixtral", "fused"]
 """How a checkpoint names the weights of a layer (`from_hf`)."""
@@ -67,6 +71,7 @@ def from_hf(
     """
     if dtype is not None:
         dtype = dtype_name(dtype, accepted=tuple(DTYPES.values()))
+    check_integers(layer=layer)
     source = open_checkpoint(checkpoint)
     names = _find(source, layer, layout, prefix)
     shapes, stored = _check(source, names)
@@ -86,22 +91,29 @@ def from_hf(
 def to_hf(module_or_state: Any, layer: int, *, layout: Layout, prefix: str = "model.") -> dict[str, np.ndarray]:
     """The inverse of `from_hf`: the tensors of one layer by the checkpoint's names, in the dtypes of the parameters.
 
-    They are read-only views of the parameters on the host. Their names say SwiGLU, softmax and no bias: a layer with
-    other options has no such checkpoint. ``safetensors.numpy.save_file(tensors, path, {"format": "pt"})`` writes
-    them, those of several layers in one dict (``|``), as a file that transformers reads.
+    They are read-only views of the parameters on the host. Models with such names have SwiGLU experts and softmax
+    scores: a layer with other options has no such checkpoint.
+    ``safetensors.numpy.save_file(tensors, path, {"format": "pt"})`` writes them, those of several layers in one dict
+    (``|``), as a file that transformers reads.
 
     Args:
-        module_or_state: an `MoE`, its state, or its nested parameters. Sharded ones are gathered: all of their devices
-            must belong to this process.
+        module_or_state: an `MoE`, or its state or nested parameters, which say nothing of its options. Sharded ones are
+            gathered: all of their devices must belong to this process.
         layer, layout, prefix: as in `from_hf`.
 
     Raises:
-        ValueError: a parameter has no place in the layout (a shared expert), or one is missing.
+        ValueError: a parameter has no place in the layout (a shared expert, a router's bias), or one is missing, or the
+            options of an `MoE` are not those of a model with this layout.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} is not known; give one of {_listed(get_args(Layout))}")
-    weights = _parameters(module_or_state)
+    check_integers(layer=layer)
+    from xmoe.jax_frontend.moe import MoE, RouterBias
+
+    weights = _parameters(module_or_state, RouterBias)
     _refuse_others(weights, "module_or_state", layout)
+    if isinstance(module_or_state, MoE):
+        _check_options(module_or_state, layout)
     if missing := [name for name in PARAMETERS if name not in weights]:
         raise ValueError(f"module_or_state has no {_listed(missing)}; give an MoE, or its state or parameters")
     arrays = {name: np.asarray(jax.device_get(weights[name])) for name in PARAMETERS}
@@ -227,15 +239,15 @@ def _listed(names: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
-def _parameters(module_or_state: Any) -> dict[str, Any]:
-    """The leaves by dotted name: of a Flax NNX module or state its `Param`, of anything else all."""
+def _parameters(module_or_state: Any, *kinds: type) -> dict[str, Any]:
+    """The leaves by dotted name: of a Flax NNX module or state its `Param` and ``kinds``, of anything else all."""
     from flax import nnx
 
     state = module_or_state
     if isinstance(state, nnx.Module):
         state = nnx.state(state)
     if isinstance(state, nnx.State):
-        state = nnx.to_pure_dict(nnx.filter_state(state, nnx.Param))
+        state = nnx.to_pure_dict(nnx.filter_state(state, (nnx.Param, *kinds)))
     return {dotted(path): leaf for path, leaf in jax.tree.flatten_with_path(state)[0]}
 
 
@@ -247,6 +259,23 @@ def _refuse_others(weights: Mapping[str, Any], argument: str, layout: str) -> No
             f"{argument} has {_listed(others)}, which the layout {layout!r} has no names for; leave them out: give the "
             "other parameters as nested dicts"
         )
+
+
+def _check_options(moe: "MoE", layout: Layout) -> None:
+    """Raises ValueError for a layer that a model with this layout would not compute."""
+    options = [
+        ("score_function", moe.options.score_function, "softmax"),
+        ("scaling_factor", moe.options.scaling_factor, 1),
+        ("num_expert_groups", moe.options.num_expert_groups, None),
+        ("activation", moe.experts.activation, "swiglu"),
+        *([("normalize_scores", moe.options.normalize, True)] if layout == "mixtral" else ()),
+    ]
+    for name, value, theirs in options:
+        if value != theirs:
+            raise ValueError(
+                f"module_or_state has {name}={value!r}, and models with the layout {layout!r} have {theirs!r}; to "
+                "write its weights all the same give its parameters, nnx.state(moe, nnx.Param)"
+            )
 
 
 def _compare(shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any], layout: str) -> None:

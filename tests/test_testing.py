@@ -167,6 +167,9 @@ def test_gemm_inputs_stay_in_range(kind: str) -> None:
         (lambda: gemm(SMALL[0], kind="odd"), "kind='odd' is not known; use one of normal, tiny"),
         (lambda: gemm(SMALL[0], dtype="float16"), "dtype='float16' is not supported; use 'bfloat16' or 'float32'"),
         (lambda: check_grouped_mm(max, "bf16", framework="mlx"), "framework='mlx' is not known; use one of numpy"),
+        (lambda: check_grouped_mm(max, "bf16", shapes="llama4"), "shapes has 'l' in it; give Shapes, your own or of"),
+        (lambda: check_grouped_mm(max, "bf16", shapes=()), "shapes is empty, so nothing would be checked"),
+        (lambda: check_grouped_mm(max, "bf16", kinds=[]), "kinds is empty"),
     ],
 )
 def test_wrong_arguments(call: Any, message: str) -> None:

@@ -65,12 +65,18 @@ def as_config(config: Any) -> GroupedMMConfig:
     """
     if isinstance(config, GroupedMMConfig):
         return config
+    if isinstance(config, str) and config not in RECIPES and config not in LINEAR_RECIPES:
+        raise ValueError(f"config={config!r} is not known; use one of {', '.join(RECIPES)}, or None for bfloat16")
     if config is None or isinstance(config, str):
         return config_from_recipe(BF16GroupedMMRecipe.BF16 if config is None else config)
     if isinstance(config, GemmConfig):
         raise ValueError(f"config is a {type(config).__name__}, for linears; give a GroupedMMConfig, for experts")
     if isinstance(config, type):
         raise ValueError(f"config is the class {config.__name__}; give an instance, {config.__name__}()")
+    from xmoe.fqn import FqnToConfig  # which imports this module
+
+    if isinstance(config, FqnToConfig):
+        raise ValueError("config is a FqnToConfig, which is for models; give the GroupedMMConfig of this call")
     raise ValueError(f"config={config!r} is not a config; give a GroupedMMConfig or one of {', '.join(RECIPES)}")
 
 

@@ -245,8 +245,14 @@ def _check(fn, recipe, backward, framework, device, shapes, patterns, kinds, dty
         raise ValueError(f"framework={framework!r} is not known; use one of {', '.join(_RUN)}")
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    shapes = (shapes,) if isinstance(shapes, Shape) else tuple(shapes)
+    if strange := [shape for shape in shapes if not isinstance(shape, Shape)]:
+        raise ValueError(f"shapes has {strange[0]!r} in it; give Shapes, your own or of xmoe.shapes.ALL.values()")
+    for name, several in (("shapes", shapes), ("patterns", patterns), ("kinds", kinds)):
+        if not several:
+            raise ValueError(f"{name} is empty, so nothing would be checked; give one or more")
     least: dict[str, float] = {}
-    for shape in (shapes,) if isinstance(shapes, Shape) else shapes:
+    for shape in shapes:
         for pattern in patterns:
             for kind in kinds:
                 inputs = gemm(shape, pattern, kind, dtype=dtype)

@@ -336,6 +336,8 @@ def test_a_capacity_that_is_none(capacity: Any) -> None:
     with pytest.raises(ValueError, match=f"capacity={capacity!r} is not a positive number; give a multiple .* or None"):
         ExpertParallel(mesh=mesh_of(MESHES["8"]), capacity=capacity)
     run = functools.partial(parallel_experts, None, num_experts=E, axis="expert", capacity=capacity)
+    with pytest.raises(ValueError, match="axis='expert' is no axis of a jax"):
+        run(X, CHOSEN, SCORES)
     mapped = jax.shard_map(run, mesh=mesh_of(MESHES["8"]), in_specs=P("expert"), out_specs=P("expert"))
     with pytest.raises(ValueError, match=f"capacity={capacity!r} is not a positive number"):
         jax.eval_shape(mapped, X, CHOSEN, SCORES)

@@ -222,6 +222,10 @@ def test_wrong_layers_are_named() -> None:
         to_hf(make("mixtral", shared_hidden_dim=16), 0, layout="mixtral")
     with pytest.raises(ValueError, match=r"module_or_state has no experts\.w1, experts\.w2, experts\.w3;"):
         to_hf({"router": {"weight": jnp.zeros((2, D))}}, 0, layout="mixtral")
+    with pytest.raises(ValueError, match=r"module_or_state has router\.bias, .* leave them out"):
+        to_hf(make("mixtral", bias_update_rate=0), 0, layout="mixtral")
+    with pytest.raises(ValueError, match=r"layer='1' is not an integer"):
+        to_hf(make("mixtral"), "1", layout="mixtral")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layout='llama' is not known"):
         to_hf({}, 0, layout="llama")  # type: ignore
     with pytest.raises(ValueError, match=r"^module_or_state is a int; give an MoE, or its state or parameters"):
@@ -234,3 +238,28 @@ def test_wrong_layers_are_named() -> None:
 def test_wrong_dtypes_are_named(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"^dtype=.* is not supported; use one of bfloat16, float16, float32, float64"):
         from_hf(small(), 0, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "message"),
+    [
+        (
+            "qwen3_moe",
+            {"score_function": "sigmoid"},
+            "score_function='sigmoid', and models .* have 'softmax'",
+        ),
+        ("fused", {"scaling_factor": 2.5}, r"scaling_factor=2\.5"),
+        ("fused", {"num_expert_groups": 2, "num_limited_groups": 1}, "num_expert_groups=2"),
+        (
+            "mixtral",
+            {"activation": "geglu"},
+            "activation='geglu', and .* 'swiglu'; to write its weights all the same",
+        ),
+        ("mixtral", {"normalize_scores": False}, "normalize_scores=False"),
+    ],
+)
+def test_layers_that_no_such_model_has_are_refused(layout: Any, options: Any, message: str) -> None:
+    moe = MoE(D, H, E, k, **options, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        to_hf(moe, 0, layout=layout)
+    assert to_hf(nnx.state(moe, nnx.Param), 0, layout=layout)

@@ -175,7 +175,7 @@ def test_wrong_arguments_are_named() -> None:
         MoE(D, H, E, 5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"hidden_dim=40 .* multiple of 16"):
         MoE(D, 40, E, k, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="recipe='fp4' is not known"):
+    with pytest.raises(ValueError, match="config='fp4' is not known"):
         layer(config="fp4")
 
 
@@ -204,6 +204,28 @@ def test_weights_share_memory_with_pytorch_both_ways() -> None:
     before = moe.experts.w2[...]
     nnx.update(moe, arrays)
     np.testing.assert_array_equal(moe.experts.w2[...], 2 * before)
+
+
+def test_a_routers_bias_goes_along() -> None:
+    moe, other = layer(bias_update_rate=0.1), layer(bias_update_rate=0.1)
+    apply(moe, tokens())
+    assert moe.router.bias[...].any()
+    nnx.update(other, from_torch({name: tensor.clone() for name, tensor in to_torch(moe).items()}))
+    np.testing.assert_array_equal(other.router.bias[...], moe.router.bias[...])
+
+
+@pytest.mark.parametrize(
+    ("carry", "given", "message"),
+    [
+        (to_torch, 3, "module_or_state is 3; give a Flax NNX module, its state, or nested dicts of arrays"),
+        (to_torch, {"a": {"b": "x"}}, "module_or_state has a.b='x', which is no array; give"),
+        (from_torch, [torch.ones(1)], r"state_dict is a list; give tensors by name, module.state_dict\(\)"),
+        (from_torch, {"a": 3}, r"state_dict\['a'\] is a int; give a torch.Tensor"),
+    ],
+)
+def test_what_is_no_weight_is_named(carry: Any, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        carry(given)
 
 
 def test_unaligned_weights_are_copied() -> None:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.jax_frontend.values import KERNEL_TIER, values
-from xmoe import oracle
+from xmoe import FqnToConfig, oracle
 from xmoe.config import RECIPES, BF16GroupedMMConfig, FP8GroupedMMConfig, FP8GroupedMMRecipe, config_from_recipe
 from xmoe.jax_frontend import ragged_dot
 
@@ -229,7 +229,8 @@ def _with(**changes: Any) -> Callable[[], Any]:
         (_with(group_offset=jnp.array(-1), rhs=B[:2]), "group_offset=-1 is out of range; give 0 to 2"),
         (_with(group_offset=jnp.zeros(1, jnp.int32), group_sizes=jnp.asarray(SIZES[:3])), "of all groups, .* holds 4"),
         (_with(out_sharding=P()), "out_sharding is not supported; .*shard_map"),
-        (_with(config="fp4"), "recipe='fp4' is not known; use one of bf16, fp8_rowwise"),
+        (_with(config="fp4"), "config='fp4' is not known; use one of bf16, fp8_rowwise"),
+        (_with(config=FqnToConfig({})), "config is a FqnToConfig, which is for models; give the GroupedMMConfig"),
         (_with(implementation="cuda"), "implementation='cuda' is not known; use 'bridge', 'jax'"),
         (_with(config=FP8GroupedMMConfig(kernel_preference="triton")), "kernel_preference=triton .* a CPU; use"),
         (
