@@ -1,7 +1,7 @@
 """SwiGLU experts sharded over all devices, beside one device that has all of them.
 
-As a program it is one of two processes: ``sharded_experts.py RANK PORT EXCHANGE`` prints what `lowest` finds for every
-recipe, as JSON.
+As a program it is one of two processes: ``sharded_experts.py RANK PORT`` prints what `lowest` finds for every exchange
+between processes and every recipe, as JSON.
 """
 
 import functools
@@ -23,6 +23,7 @@ T, D, H, E, k = 1024, 256, 512, 16, 4
 """T: of all devices together."""
 RECIPES = ("bf16", "fp8_rowwise")
 PROCESSES = 2
+BETWEEN_PROCESSES = ("all_to_all", "all_gather")
 
 
 def lowest(recipe: str, exchange: Any) -> dict[str, float]:
@@ -75,16 +76,17 @@ def inputs(seed: int) -> tuple[Any, ...]:
     return jax.tree.map(np.asarray, (weights, x, scores, chosen, dy))
 
 
-def main(rank: int, port: int, exchange: str) -> None:
+def main(rank: int, port: int) -> None:
     on_gpu = jax.config.jax_platforms != "cpu"  # type: ignore[attr-defined]
     if not on_gpu:
         jax.config.update("jax_num_cpu_devices", 2)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", PROCESSES, rank, local_device_ids=[rank] if on_gpu else None)
     assert (jax.process_count(), jax.device_count()) == (PROCESSES, PROCESSES if on_gpu else 2 * PROCESSES)
-    print(json.dumps({recipe: lowest(recipe, exchange) for recipe in RECIPES}))
+    found = {name: {recipe: lowest(recipe, name) for recipe in RECIPES} for name in BETWEEN_PROCESSES}
+    print(json.dumps(found))
     jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]))
