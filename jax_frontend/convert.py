@@ -1,15 +1,14 @@
 """``quantize``: makes the `jax.lax.ragged_dot` calls of a model that knows nothing of xmoe run in low precision."""
 
-import contextlib
 import functools
 import inspect
 import logging
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
-_converting = threading.local()
+# Part of the key of JAX's caches, so that what is traced for a conversion serves no other call.
+_converting = jax.make_user_context(default_value=False)
 
 
 def quantize(
@@ -55,10 +55,11 @@ def quantize(
     ``nnx.jit`` around it. Where conversions are nested, the outermost decides.
 
     **Names.** A call is named by the parameter that its weight was computed from (by casts, transpositions, slices,
-    stacks and elementwise arithmetic, across ``jit``, ``scan``, ``cond``, ``while``, ``remat`` and ``shard_map``): its
-    path in the module, without Linen's collection ("layers.0.moe.wi_0"); for a function the path inside the argument,
-    or, for an argument that is an array, the argument's name. The parameters of layers that are scanned have one name,
-    and one config. A weight that no floating-point argument with two or more dimensions went into has the name "".
+    stacks and elementwise arithmetic, across ``jit``, ``scan``, ``cond``, ``while``, ``remat`` and ``shard_map``; not
+    by sums, products of matrices or `jax.new_ref`): its path in the module, without Linen's collection
+    ("layers.0.moe.wi_0"); for a function the path inside the argument, or, for an argument that is an array, the
+    argument's name. The parameters of layers that are scanned have one name, and one config. A weight that no
+    floating-point argument with two or more dimensions went into has the name "".
 
     What stays as it is: calls inside a function with a ``custom_vjp`` or ``custom_jvp`` of its own (with a warning in
     the log, or an error if there are no others), Pallas kernels (megablox, tokamax: have the model call
@@ -86,7 +87,14 @@ def quantize(
             return convert_flax.quantize_module(model_or_fn, quantizer, names)
     if not callable(model_or_fn) or inspect.isclass(model_or_fn):
         raise ValueError(f"model_or_fn is {model_or_fn!r}; give a Flax module (an instance of it) or a function")
-    fn: Any = getattr(model_or_fn, "unquantized", model_or_fn)
+    leaves = jax.tree.leaves(model_or_fn)
+    if any(map(_is_array, leaves)):
+        raise ValueError(
+            f"model_or_fn is a {type(model_or_fn).__name__}, a pytree with weights in it; quantize a function that "
+            "takes it, quantize(lambda model, *args: model(*args), config)"
+        )
+    made = getattr(model_or_fn, "_xmoe_quantized", None)  # which functools.wraps copies to other functions
+    fn: Any = made.fn if made is not None and made.quantized is model_or_fn else model_or_fn
 
     @functools.wraps(fn)
     def quantized(*args: Any, **kwargs: Any) -> Any:
@@ -101,8 +109,15 @@ def quantize(
         names = name_arguments(fn, [path for path, _ in leaves])
         return quantizer.run(lambda given: _call(fn, tree, given), [leaf for _, leaf in leaves], names)
 
-    quantized.unquantized = fn  # type: ignore[attr-defined]
+    quantized._xmoe_quantized = _Quantized(quantized, fn)  # type: ignore[attr-defined]
     return quantized  # type: ignore[return-value]
+
+
+class _Quantized(NamedTuple):
+    """A function that `quantize` made, and what it made it of."""
+
+    quantized: Callable[..., Any]
+    fn: Callable[..., Any]
 
 
 def _call(fn: Callable[..., Any], tree: Any, leaves: list[Any]) -> Any:
@@ -138,16 +153,7 @@ def name_arguments(fn: Callable[..., Any], paths: Sequence[Sequence[Any]]) -> li
 
 def is_converting() -> bool:
     """Whether this thread is tracing a function for a conversion, which will convert what is inside it."""
-    return getattr(_converting, "now", False)
-
-
-@contextlib.contextmanager
-def _conversion() -> Iterator[None]:
-    _converting.now = True
-    try:
-        yield
-    finally:
-        _converting.now = False
+    return _converting.value
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class _Quantizer:
     mapping: FqnToConfig
     verbose: bool
     told: set[str] = field(default_factory=set, compare=False)
-    jitted: Jitted = field(default_factory=dict, compare=False, repr=False)
+    jitted: Jitted = field(default_factory=WeakKeyDictionary, compare=False, repr=False)
 
     def run(self, fn: Callable[[list[Any]], Any], leaves: Sequence[Any], names: Sequence[str]) -> Any:
         """``fn(leaves)`` with its calls converted; it takes any Python values and returns a pytree of such.
@@ -173,17 +179,19 @@ class _Quantizer:
                 given[i] = array
             out, tree = jax.tree_util.tree_flatten(fn(given))
             returned[:] = out, tree
-            return [leaf for leaf in out if _is_array(leaf)]
+            return [leaf for leaf in out if isinstance(leaf, jax.Array)]
 
         arrays = [leaves[i] for i in dynamic]
-        with _conversion():
+        with _converting(True):
             program = jax.make_jaxpr(traced)(*arrays)
         conversion = Conversion(self._choose, self.jitted)
         origins = [frozenset({names[i]}) if _may_be_weight(leaves[i]) else NO_NAMES for i in dynamic]
         results = iter(conversion.run(program, arrays, origins)[0])
         self._report(conversion, program)
         out, tree = returned
-        return jax.tree_util.tree_unflatten(tree, [next(results) if _is_array(leaf) else leaf for leaf in out])
+        return jax.tree_util.tree_unflatten(
+            tree, [next(results) if isinstance(leaf, jax.Array) else leaf for leaf in out]
+        )
 
     def _choose(self, form: Form) -> GroupedMMConfig | None:
         if form.misfit == WEIGHT_GRADIENT:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,14 @@ WEIGHT_GRADIENT = "it contracts its ragged dimension, as a weight's gradient doe
 
 # A value that these make of a parameter is still that parameter.
 _KEEPS_NAMES = frozenset({
-    "add", "all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim", "concatenate",
-    "convert_element_type", "copy", "device_put", "div", "dynamic_slice", "dynamic_update_slice", "gather", "max",
-    "min", "mul", "name", "neg", "optimization_barrier", "pad", "ppermute", "psum", "psum_invariant", "pvary",
-    "reduce_precision", "reshape", "reshard", "rev", "select_n", "sharding_constraint", "slice", "split", "squeeze",
-    "stack", "sub", "transpose", "unstack",
+    "abs", "add", "all_gather", "all_gather_invariant", "all_to_all", "atan2", "bitcast_convert_type",
+    "broadcast_in_dim", "cbrt", "ceil", "clamp", "concatenate", "convert_element_type", "copy", "cos", "device_put",
+    "div", "dynamic_slice", "dynamic_update_slice", "erf", "exp", "exp2", "expm1", "floor", "gather", "integer_pow",
+    "log", "log1p", "logistic", "max", "min", "mul", "name", "neg", "optimization_barrier", "pad", "pow", "ppermute",
+    "psum", "psum_invariant", "pvary", "reduce_precision", "reduce_scatter", "rem", "reshape", "reshard", "rev",
+    "round", "rsqrt", "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub",
+    "select_n", "sharding_constraint", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "stack",
+    "stop_gradient", "sub", "tanh", "tile", "transpose", "unstack",
 })  # fmt: skip
 
 
@@ -114,10 +118,8 @@ Place = tuple[int, ...]
 """The identities of the equations that lead to a call, outermost first: layers may share the program that it is in."""
 
 Calls = dict[Place, tuple[Form, GroupedMMConfig | None]]
-Jitted = dict[tuple[Any, ...], tuple[Any, Any, Calls]]
-"""By identity, platform and names: the program (kept, so that its identity stays its own), it converted, its calls."""
-
-MAX_JITTED = 64
+Jitted = WeakKeyDictionary[Any, dict[tuple[Any, ...], tuple[Any, Calls]]]
+"""By program, and then by platform and names: it converted, its calls."""
 
 
 # ------------------------------------------------------------------------------------------------- programs and parts
@@ -209,6 +211,11 @@ def _flow_through(eqn: Any, given: list[Names]) -> list[Names]:
         if len(given) == len(eqn.outvars):  # optimization_barrier, psum and their like: each by itself
             return given
         return [NO_NAMES.union(*given)] * len(eqn.outvars)
+    if eqn.primitive.name == "scan":
+        inside, _ = _names_in_scan(eqn, given)
+        return _flow(eqn.params["jaxpr"], inside)
+    if eqn.primitive.name == "while":
+        return _names_in_while(eqn, given)
     out = [NO_NAMES] * len(eqn.outvars)
     for inner in _programs(eqn.params):
         jaxpr, _ = _opened(inner)
@@ -216,6 +223,31 @@ def _flow_through(eqn: Any, given: list[Names]) -> list[Names]:
         if len(behind) == len(jaxpr.invars) and len(jaxpr.outvars) == len(out):
             out = [a | b for a, b in zip(out, _flow(inner, behind), strict=True)]
     return out
+
+
+def _names_in_scan(eqn: Any, given: list[Names]) -> tuple[list[Names], tuple[int, int]]:
+    """What the inputs of a scan's body were computed from, at any step; where the carry begins and ends among them."""
+    inner, _ = _opened(eqn.params["jaxpr"])
+    # What is scanned has an axis more outside. (How many there are of each is said differently by JAX 0.10 and 0.11.)
+    carried = sum(_ndim(out) == _ndim(v) for out, v in zip(eqn.outvars, inner.outvars, strict=True))
+    scanned = sum(_ndim(x) != _ndim(v) for x, v in zip(eqn.invars, inner.invars, strict=True))
+    first, last = len(given) - scanned - carried, len(given) - scanned
+    carry = _names_in_loop(lambda carry: _flow(inner, [*given[:first], *carry, *given[last:]]), given[first:last])
+    return [*given[:first], *carry, *given[last:]], (first, last)
+
+
+def _names_in_while(eqn: Any, given: list[Names]) -> list[Names]:
+    """What the carry of a while loop was computed from, at any step."""
+    n = eqn.params["cond_nconsts"]
+    m = n + eqn.params["body_nconsts"]
+    return _names_in_loop(lambda carry: _flow(eqn.params["body_jaxpr"], [*given[n:m], *carry]), given[m:])
+
+
+def _names_in_loop(body: Callable[[list[Names]], list[Names]], carry: list[Names]) -> list[Names]:
+    """Of the carry, which ``body`` gives first, until nothing is added."""
+    while (joined := [a | b for a, b in zip(carry, body(carry), strict=False)]) != carry:
+        carry = joined
+    return carry
 
 
 # ------------------------------------------------------------------------------------------------------------ the call
@@ -293,14 +325,12 @@ def _padded(
 
 def _through_jit(conversion: Conversion, eqn: Any, values: list[Any], names: list[Names]) -> Results:
     program = eqn.params["jaxpr"]
-    key = (id(program), platform(), *names)
-    if key not in conversion.jitted:
+    known, key = conversion.jitted.setdefault(program, {}), (platform(), *names)
+    if key not in known:
         inside = Conversion(conversion.choose, conversion.jitted)
         converted = jax.make_jaxpr(inside.traceable(program, names))(*values)
-        if len(conversion.jitted) >= MAX_JITTED:
-            conversion.jitted.clear()
-        conversion.jitted[key] = program, converted, inside.calls
-    _, converted, calls = conversion.jitted[key]
+        known[key] = converted, inside.calls
+    converted, calls = known[key]
     conversion.calls.update(((*conversion.place, *place), call) for place, call in calls.items())
     results = eqn.primitive.bind(*values, **{**eqn.params, "jaxpr": converted})
     return results, _flow(program, names)
@@ -329,19 +359,15 @@ def _through_shard_map(conversion: Conversion, eqn: Any, values: list[Any], name
 
 def _through_scan(conversion: Conversion, eqn: Any, values: list[Any], names: list[Names]) -> Results:
     params, program = eqn.params, eqn.params["jaxpr"]
-    inner, _ = _opened(program)
-    # What is scanned has an axis more outside. (How many there are of each is said differently by JAX 0.10 and 0.11.)
-    carried = sum(_ndim(out) == _ndim(v) for out, v in zip(eqn.outvars, inner.outvars, strict=True))
-    scanned = sum(_ndim(x) != _ndim(v) for x, v in zip(eqn.invars, inner.invars, strict=True))
-    n = len(values) - scanned - carried
-    consts, init, xs = values[:n], values[n : n + carried], values[n + carried :]
+    inside, (first, last) = _names_in_scan(eqn, names)
+    consts, init, xs = values[:first], values[first:last], values[last:]
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        out, _ = conversion.run(program, [*consts, *carry, *x], names)
-        return out[:carried], out[carried:]
+        out, _ = conversion.run(program, [*consts, *carry, *x], inside)
+        return out[: last - first], out[last - first :]
 
-    last, ys = jax.lax.scan(body, init, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"])
-    return [*last, *ys], _flow(program, names)
+    end, ys = jax.lax.scan(body, init, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"])
+    return [*end, *ys], _flow(program, inside)
 
 
 def _ndim(atom: Any) -> int:
@@ -350,22 +376,28 @@ def _ndim(atom: Any) -> int:
 
 def _through_while(conversion: Conversion, eqn: Any, values: list[Any], names: list[Names]) -> Results:
     params = eqn.params
-    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
     n = params["cond_nconsts"]
     m = n + params["body_nconsts"]
+    carried = _names_in_while(eqn, names)
 
     def part(program: Any, first: int, last: int) -> Callable[[list[Any]], list[Any]]:
-        known = [*names[first:last], *names[m:]]
+        known = [*names[first:last], *carried]
         return lambda carry: conversion.run(program, [*values[first:last], *carry], known)[0]
 
-    out = jax.lax.while_loop(lambda carry: part(cond, 0, n)(carry)[0], part(body, n, m), values[m:])
-    return list(out), [NO_NAMES] * len(out)
+    cond, body = part(params["cond_jaxpr"], 0, n), part(params["body_jaxpr"], n, m)
+    return list(jax.lax.while_loop(lambda carry: cond(carry)[0], body, values[m:])), carried
 
 
 def _through_cond(conversion: Conversion, eqn: Any, values: list[Any], names: list[Names]) -> Results:
-    branches = eqn.params["branches"]
-    out = jax.lax.switch(values[0], [conversion.traceable(b, names[1:]) for b in branches], *values[1:])
-    flows = [_flow(branch, names[1:]) for branch in branches]
+    index, *operands = values
+    branches = [conversion.traceable(branch, names[1:]) for branch in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        out = jax.lax.switch(index, branches, *operands)
+    else:  # of jax.lax.platform_dependent: one for several, and None for all others
+        by = {p: branch for several, branch in zip(platforms, branches, strict=True) for p in several or ("default",)}
+        out = jax.lax.platform_dependent(*operands, **by)
+    flows = [_flow(branch, names[1:]) for branch in eqn.params["branches"]]
     return list(out), [NO_NAMES.union(*each) for each in zip(*flows, strict=True)]
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from tests.jax_frontend.conversions import LOGGER, RECIPE, D, E, LinenMoE, RoutedMoE, equal, grouped_dot
@@ -131,6 +133,9 @@ def test_any_size_and_the_dtype_that_is_preferred(dtype: Any, out: Any) -> None:
 
 
 def test_arguments_that_are_no_arrays_and_results_too(x: Any, weights: Any) -> None:
+    table = np.ones((2, 2), np.float32)
+    assert quantize(lambda x, w: (grouped_dot(x, w, SIZES), table), "bf16")(x, weights[0])[1] is table
+
     def fn(x: Any, w: Any, *, scale: float, note: str | None = None) -> Any:
         if note:
             return {"y": grouped_dot(x, w, SIZES) * scale, "note": note, "nothing": None}
@@ -147,6 +152,39 @@ def test_a_jitted_function_traced_before_is_converted_and_stays_as_it_was(x: Any
     quantized = quantize(lambda x, w: inner(x, w), RECIPE)
     equal(quantized(x, weights[0]), one_dot()(x, weights[0]))
     equal(inner(x, weights[0]), before)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_what_a_conversion_traces_serves_no_other_call(wrap: Any, x: Any, weights: Any) -> None:
+    """JAX keeps what it traced of an inner quantized function, inside a conversion and outside."""
+    for first in ("outer", "inner"):
+        inner = wrap(quantize(lambda x, w: grouped_dot(x, w, SIZES), RECIPE))
+        outer = quantize(lambda x, w, inner=inner: inner(x, w), "bf16")
+        for which in (first, "outer", "inner"):
+            fn, config = (outer, "bf16") if which == "outer" else (inner, RECIPE)
+            equal(fn(x, weights[0]), one_dot(config)(x, weights[0]))
+
+
+def test_a_function_around_a_quantized_one(x: Any, weights: Any) -> None:
+    """It is not taken for that one, though functools.wraps says so."""
+    quantized = quantize(lambda x, w: grouped_dot(x, w, SIZES), RECIPE)
+    twice = functools.wraps(quantized)(lambda x, w: 2 * quantized(x, w))
+    equal(quantize(twice, "bf16")(x, weights[0]), 2 * one_dot("bf16")(x, weights[0]))
+    equal(quantize(quantized, "bf16")(x, weights[0]), one_dot("bf16")(x, weights[0]))
+    with pytest.raises(ValueError, match="model_or_fn differentiates a ragged_dot inside itself"):
+        quantize(jax.grad(lambda x, w: quantized(x, w).sum(), 1), "bf16")(x, weights[0])
+    with pytest.raises(ValueError, match="model_or_fn differentiates a ragged_dot inside itself"):
+        quantize(jax.grad(quantize(lambda x, w: grouped_dot(x, w, SIZES).sum(), RECIPE), 1), "bf16")(x, weights[0])
+
+
+def test_only_this_platforms_branch_is_lowered(x: Any, weights: Any) -> None:
+    def elsewhere(x: Any, w: Any) -> Any:
+        copy = lambda a, o: o.__setitem__(..., a[...])  # noqa: E731
+        return pl.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    here = lambda x, w: grouped_dot(x, w, SIZES)  # noqa: E731
+    fn = lambda x, w: lax.platform_dependent(x, w, tpu=elsewhere, default=here)  # noqa: E731
+    equal(jax.jit(quantize(fn, RECIPE))(x, weights[0]), one_dot()(x, weights[0]))
 
 
 def test_an_inner_jit_compiles_once(x: Any, weights: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +247,43 @@ def test_names_follow_the_weight(x: Any, weights: Any, caplog: pytest.LogCapture
         ("bare", "bf16"),
         ("a weight that is no parameter", "mxfp8_floor"),
     ]
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lax.stop_gradient, lambda w: jnp.tile(w, (1, 1, 1)), lambda w: w.at[0].set(0), lambda w: w.at[0].multiply(2),
+        lambda w: lax.clamp(-1.0, w, 1.0), jnp.round, jnp.tanh, jnp.square, lambda w: w**3, jnp.abs, jnp.sqrt, jnp.exp,
+        lambda w: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] * 2), (0, w))[1],
+        lambda w: lax.scan(lambda c, w: (w, c), jnp.ones_like(w[0]), w)[1],
+    ],
+)  # fmt: skip
+def test_what_keeps_a_name(derive: Any, x: Any, weights: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config = FqnToConfig({"w": "bf16", "_default": None})
+    fn = lambda x, w: grouped_dot(x, derive(w), SIZES)  # noqa: E731
+    assert chosen(fn, config, x, weights[0], caplog=caplog) == [("w", "bf16")]
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_weights_that_a_loop_carries(loop: str, x: Any, weights: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The name of a carried weight is that of all that it ever is, inside the loop and behind it."""
+
+    def repeat(body: Callable[[Any], Any], carry: Any) -> Any:
+        if loop == "scan":
+            return lax.scan(lambda carry, _: (body(carry), None), carry, None, length=3)[0]
+        return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, body(c[1])), (0, carry))[1]
+
+    def fetched(x: Any, w: Any) -> Any:
+        last, x = repeat(lambda c: (w, grouped_dot(c[1], c[0], SIZES)), (jnp.ones((E, D, D)), x))
+        return grouped_dot(x, last, SIZES)
+
+    def swapped(x: Any, a: Any, b: Any) -> Any:
+        return repeat(lambda c: (c[1], c[0], grouped_dot(c[2], c[0], SIZES)), (a, b, x))[2]
+
+    config = FqnToConfig({"w": "bf16", "_default": None})
+    assert chosen(fetched, config, x, weights[0], caplog=caplog) == [("w", "bf16")] * 2
+    with pytest.raises(ValueError, match=r"config gives one weight several configs \(a: bf16, b: None\)"):
+        jax.eval_shape(quantize(swapped, FqnToConfig({"a": "bf16", "b": None})), x, *weights)
 
 
 SHARED: dict[str, Callable[[Any], Any]] = {
@@ -309,6 +384,12 @@ def test_errors_of_a_call(fn: Any, config: Any, message: str, x: Any, weights: A
         (lambda x: x, "nonsense", {}, "config is 'nonsense'; give a GroupedMMConfig, an FqnToConfig or one of bf16, "),
         (lambda x: x, None, {}, "config is None"),
         (RoutedMoE, RECIPE, {}, "give a Flax module (an instance of it)"),
+        (
+            jax.tree_util.Partial(max, np.ones((2, 2))),
+            RECIPE,
+            {},
+            "a Partial, a pytree with weights in it; quantize",
+        ),
         (LinenMoE(), RECIPE, {"methods": ("encode",)}, "methods: LinenMoE has no method 'encode'"),
         (LinenMoE(), RECIPE, {"methods": "encode"}, "methods: LinenMoE has no method 'encode'"),
     ],
