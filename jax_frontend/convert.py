@@ -87,8 +87,7 @@ def quantize(
             return convert_flax.quantize_module(model_or_fn, quantizer, names)
     if not callable(model_or_fn) or inspect.isclass(model_or_fn):
         raise ValueError(f"model_or_fn is {model_or_fn!r}; give a Flax module (an instance of it) or a function")
-    leaves = jax.tree.leaves(model_or_fn)
-    if any(map(_is_array, leaves)):
+    if any(map(_is_array, jax.tree.leaves(model_or_fn))):
         raise ValueError(
             f"model_or_fn is a {type(model_or_fn).__name__}, a pytree with weights in it; quantize a function that "
             "takes it, quantize(lambda model, *args: model(*args), config)"
