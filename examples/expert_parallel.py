@@ -55,7 +55,7 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     D, H, E, k = SHAPES[options.shape]
     T = options.tokens or (64 if on_cpu else 16384)
-    exchanges = options.exchanges.split(",") if options.exchanges else EXCHANGES[on_cpu:]
+    exchanges = options.exchanges.split(",") if options.exchanges else EXCHANGES[on_cpu or jax.process_count() > 1 :]
     mesh = jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(AxisType.Auto,))
     show = print if jax.process_index() == 0 else lambda line: None
     show(

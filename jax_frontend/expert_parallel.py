@@ -296,7 +296,9 @@ class ExpertParallel:
             raise ValueError(f"{name} has shape {shape}; give the weights of all experts, three axes")
         E, H = shape[-3], shape[-1 if name.endswith("w2") else -2]
         for letter, size, axis, multiple in (("E", E, self.axis, 1), ("H", H, self.tensor_axis, FEATURE_MULTIPLE)):
-            devices = 1 if axis is None else self.mesh.shape[axis]
+            if axis is None:
+                continue
+            devices = self.mesh.shape[axis]
             if size % (devices * multiple):
                 each = f", {multiple} for each of them" if multiple > 1 else ""
                 raise ValueError(

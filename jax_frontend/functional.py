@@ -148,7 +148,7 @@ def _mapped_alike(*arrays: jax.Array) -> list[jax.Array]:
     """The same arrays, but where `jax.vmap` maps one of them it maps all, as `jax.lax.ragged_dot` asks for. (Each is
     made to depend on no element of the others, which XLA folds away.)"""
     elements = sum(jax.lax.stop_gradient(a).reshape(-1)[:0].astype(jnp.int32).sum() for a in arrays)
-    return [jnp.where(elements == 0, a, jnp.zeros_like(a)) for a in arrays]
+    return [jnp.where(elements == 0, a, 0) for a in arrays]
 
 
 def feed_forward(x: jax.Array, weights: Weights, activation: Activation) -> jax.Array:

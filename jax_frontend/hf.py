@@ -105,11 +105,11 @@ def to_hf(module_or_state: Any, layer: int, *, layout: Layout, prefix: str = "mo
         ValueError: a parameter has no place in the layout (a shared expert, a router's bias), or one is missing, or the
             options of an `MoE` are not those of a model with this layout.
     """
+    from xmoe.jax_frontend.moe import MoE, RouterBias
+
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} is not known; give one of {_listed(get_args(Layout))}")
     check_integers(layer=layer)
-    from xmoe.jax_frontend.moe import MoE, RouterBias
-
     weights = _parameters(module_or_state, RouterBias)
     _refuse_others(weights, "module_or_state", layout)
     if isinstance(module_or_state, MoE):

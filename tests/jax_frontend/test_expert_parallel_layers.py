@@ -124,6 +124,7 @@ def test_layers_that_a_mesh_does_not_fit_are_refused() -> None:
             ValueError, match=rf"{name} has shape .*: H=96 is not a multiple of 64, for the 4 devices of"
         ):
             tensor.check_weight(name, shape)
+    ExpertParallel(mesh=mesh_of(MESHES["8"])).check_weight("w1", (8, 50, 32))  # of experts that take any H
     with pytest.raises(ValueError, match=r"axis_types=\(Explicit,\); .*AxisType.Auto"):
         expert_parallel(layer(), mesh_of(MESHES["8"], AxisType.Explicit))
     explicit = ExpertParallel(mesh=mesh_of(MESHES["8"], AxisType.Explicit))

@@ -106,7 +106,7 @@ def test_vmap_of_an_unquantized_layer(axes: tuple[int | None, int | None]) -> No
     )
     got = jax.vmap(grads, axes)(*given)
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        assert oracle.sqnr(np.asarray(a), np.asarray(b)) > 100
+        assert oracle.sqnr(np.asarray(a), np.asarray(b)) >= 140  # 152 seen
 
 
 def test_gradients_follow_the_unquantized_layers() -> None:

@@ -24,7 +24,7 @@ GPUS = [
 
 def check(found: dict[str, float], exchange: str) -> None:
     """The same bits, but for what `all_gather` adds up in another order: y in float32, x in bfloat16."""
-    inexact = {"y": 150, "x": 50} if exchange == "all_gather" else {}
+    inexact = {"y": 180, "x": 50} if exchange == "all_gather" else {}  # 193 and 53 seen, on two GPUs
     wrong = {name: dB for name, dB in found.items() if not dB >= inexact.get(name, np.inf)}
     assert not wrong, found
 
